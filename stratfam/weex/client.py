@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONTRACT_V3', 'SIM', 'DEMO', 'SPOT_V3', 'CONTRACT_V2', 'HOSTS', 'TABLES', 'PATIENCE', 'URGENT_PATIENCE', 'SYMBOL',
            'INTERVALS', 'CLIENT_ID', 'TIMES_IN_FORCE', 'OPENING', 'TRIGGERS', 'MAX_PAGES', 'DAY_MS', 'EXPLANATION',
-           'Endpoint', 'check_base', 'WeexAPIClient', 'SandboxBreach', 'endpoint', 'read', 'server_time', 'sync_clock',
-           'wire_symbol', 'our_symbol', 'symbols', 'api_symbols', 'ticker', 'best', 'depth', 'kline_page',
+           'Endpoint', 'check_base', 'WeexAPIClient', 'SandboxBreach', 'endpoint', 'read', 'probe', 'server_time',
+           'sync_clock', 'wire_symbol', 'our_symbol', 'symbols', 'api_symbols', 'ticker', 'best', 'depth', 'kline_page',
            'funding_page', 'funding_now', 'balance', 'positions', 'may_trade', 'fee_rates', 'OrderRequest', 'place',
            'cancel', 'cancel_many', 'cancel_all', 'close_positions', 'settings', 'set_leverage', 'set_margin_mode',
            'order', 'open_orders', 'order_history', 'fills', 'bills', 'open_triggers', 'cancel_trigger',
@@ -323,8 +323,16 @@ def read(self: WeexAPIClient, name: str, # Any public or read endpoint of the ta
     "Any documented read by name, undressed: for what has no method of its own."
     return self._read(name, lambda raw: raw, query)
 
+# %% ../../nbs/weex/02_client.ipynb #2bbb86b2
+def probe(self: WeexAPIClient, path: str, # A public market path of any dialect
+          query: Mapping[str, Any], # Its parameters
+         ) -> Any: # Decoded JSON
+    "A public path by its address, unsigned: to find out which dialects the venue still answers."
+    if not re.fullmatch(r"/c?api/v[23]/market/[A-Za-z0-9_/]{1,40}", path): raise ConfigError(f"{path} is not a public market path.")
+    return self._retry(lambda: self._attempt(Endpoint("probe", "GET", path, 5, 0, "public"), query, None, False))
 
-WeexAPIClient._read, WeexAPIClient._change, WeexAPIClient.read = _read, _change, read
+
+WeexAPIClient._read, WeexAPIClient._change, WeexAPIClient.read, WeexAPIClient.probe = _read, _change, read, probe
 
 # %% ../../nbs/weex/02_client.ipynb #8f664af8
 def server_time(self: WeexAPIClient) -> int: # Milliseconds since 1970
