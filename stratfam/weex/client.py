@@ -10,10 +10,10 @@ __all__ = ['CONTRACT_V3', 'SIM', 'DEMO', 'SPOT_V3', 'CONTRACT_V2', 'HOSTS', 'TAB
            'funding_page', 'funding_now', 'balance', 'positions', 'may_trade', 'fee_rates', 'OrderRequest', 'place',
            'cancel', 'cancel_many', 'cancel_all', 'close_positions', 'settings', 'set_leverage', 'set_margin_mode',
            'order', 'open_orders', 'order_history', 'fills', 'bills', 'open_triggers', 'cancel_trigger',
-           'cancel_triggers', 'place_tpsl', 'find_order', 'upload_ai_log', 'adjust_margin', 'Credentials',
-           'load_credentials', 'NotSent', 'Ambiguous', 'Malformed', 'Throttled', 'WeexError', 'Outcome', 'ACK',
-           'REFUSED', 'UNKNOWN', 'RequestsTransport', 'WireLog', 'Order', 'Fill', 'Position', 'Balance', 'SymbolInfo',
-           'Ticker', 'Depth', 'Kline', 'Funding', 'Receipt']
+           'cancel_triggers', 'place_tpsl', 'modify_tpsl', 'find_order', 'upload_ai_log', 'adjust_margin',
+           'Credentials', 'load_credentials', 'NotSent', 'Ambiguous', 'Malformed', 'Throttled', 'WeexError', 'Outcome',
+           'ACK', 'REFUSED', 'UNKNOWN', 'RequestsTransport', 'WireLog', 'Order', 'Fill', 'Position', 'Balance',
+           'SymbolInfo', 'Ticker', 'Depth', 'Kline', 'Funding', 'Receipt']
 
 # %% ../../nbs/weex/02_client.ipynb #c93b55c6
 import dataclasses
@@ -86,7 +86,6 @@ bills               POST   /account/income                    2  5 read
 margin_mode         POST   /account/marginType               20 50 set
 leverage            POST   /account/leverage                 10 20 set
 adjust_margin       POST   /account/positionMargin           15 30 set
-auto_margin         POST   /account/modifyAutoAppendMargin   15 30 set
 place               POST   /order                             2  5 place
 cancel              DELETE /order                             2  3 cancel
 cancel_many         DELETE /batchOrders                       5 10 cancel
@@ -342,7 +341,7 @@ def server_time(self: WeexAPIClient) -> int: # Milliseconds since 1970
 
 def _server_time(raw: Any) -> int: return Row(raw, "time").millis("serverTime", "timestamp", "epoch")
 
-
+# %% ../../nbs/weex/02_client.ipynb #cd8e8441
 def sync_clock(self: WeexAPIClient, probes: int = 5) -> int: # Milliseconds to add to our clock
     "Measure the offset of the venue's clock: the median over `probes`, each read at the middle of its round trip."
     found, error = [], None
@@ -352,8 +351,10 @@ def sync_clock(self: WeexAPIClient, probes: int = 5) -> int: # Milliseconds to a
         except (NotSent, Ambiguous, RateLimited) as e: error = e
         else: found.append(theirs - sent - 500 * (self.env.clock.monotonic() - start))
     if not found: raise error
-    self.offset_ms, self.synced = round(statistics.median(found)), True
-    return self.offset_ms
+    offset = round(statistics.median(found))
+    if abs(offset) > 86_400_000: raise Malformed(f"The venue's clock and ours differ by {offset / 86_400_000:.0f} days. Set this machine's clock.")
+    self.offset_ms, self.synced = offset, True
+    return offset
 
 
 WeexAPIClient.server_time, WeexAPIClient.sync_clock = server_time, sync_clock
@@ -465,9 +466,12 @@ def funding_page(self: WeexAPIClient, symbol: str, start_ms: int | None = None, 
 
 
 def funding_now(self: WeexAPIClient, symbol: str) -> Funding: # Rate and time of the coming payment
-    "The next funding payment."
-    return self._read("funding_now", lambda raw: funding_from(self._for(symbol, only_row(raw, "funding")), self.our_symbol),
-                      {"symbol": self.wire_symbol(symbol, True)})
+    "The next funding payment; V2 tells rate and time in two answers."
+    query = {"symbol": self.wire_symbol(symbol, True)}
+    row = lambda raw: self._for(symbol, only_row(raw, "funding"))
+    got = self._read("funding_now", lambda raw: funding_from(row(raw), self.our_symbol), query)
+    if self.dialect == "v3": return got
+    return dataclasses.replace(got, time_ms=self._read("funding_time", lambda raw: row(raw).millis("fundingTime"), query))
 
 
 WeexAPIClient.kline_page, WeexAPIClient.funding_page, WeexAPIClient.funding_now = kline_page, funding_page, funding_now
@@ -674,6 +678,11 @@ def _settled(self: WeexAPIClient, asked: Outcome, symbol: str, wanted: Callable[
 WeexAPIClient.settings, WeexAPIClient._settled = settings, _settled
 
 # %% ../../nbs/weex/02_client.ipynb #bb03d459
+def _done(raw: Any) -> None:
+    "An acknowledgement without content."
+    if not isinstance(raw, dict | str): raise Malformed("acknowledgement: neither an object nor a word.")
+
+# %% ../../nbs/weex/02_client.ipynb #8efbb033
 def set_leverage(self: WeexAPIClient, symbol: str, leverage: int, # 1 to the symbol's maximum
                  margin_mode: Literal["CROSSED", "ISOLATED"] = "CROSSED", # Which of the venue's two settings
                 ) -> Outcome: # ACK only if read back; payload `Settings`
@@ -685,15 +694,15 @@ def set_leverage(self: WeexAPIClient, symbol: str, leverage: int, # 1 to the sym
     if self.dialect == "v2": body = {"marginMode": 1 if margin_mode == "CROSSED" else 3, "longLeverage": x, "shortLeverage": x}
     elif margin_mode == "CROSSED": body = {"marginType": margin_mode, "crossLeverage": x}
     else: body = {"marginType": margin_mode, "isolatedLongLeverage": x, "isolatedShortLeverage": x}
-    asked = self._change("leverage", lambda raw: raw, body={"symbol": wire} | body)
+    asked = self._change("leverage", _done, body={"symbol": wire} | body)
     return self._settled(asked, symbol, lambda s: {leverage} == ({s.cross} if margin_mode == "CROSSED" else {s.isolated_long, s.isolated_short}))
 
-# %% ../../nbs/weex/02_client.ipynb #8efbb033
+# %% ../../nbs/weex/02_client.ipynb #a763e8c2
 def set_margin_mode(self: WeexAPIClient, symbol: str, margin_mode: Literal["CROSSED", "ISOLATED"]) -> Outcome: # ACK only if read back
     "Choose cross or isolated margin, and look whether it is chosen; V2 does not tell, so there the best outcome is UNKNOWN."
     known("margin mode", margin_mode, ("CROSSED", "ISOLATED"))
     body = {"marginMode": 1 if margin_mode == "CROSSED" else 3, "separatedMode": 1} if self.dialect == "v2" else {"marginType": margin_mode}
-    asked = self._change("margin_mode", lambda raw: raw, body={"symbol": self.wire_symbol(symbol)} | body)
+    asked = self._change("margin_mode", _done, body={"symbol": self.wire_symbol(symbol)} | body)
     return self._settled(asked, symbol, lambda s: s.margin_mode == margin_mode)
 
 
@@ -829,8 +838,18 @@ def place_tpsl(self: WeexAPIClient, symbol: str, kind: Literal["TAKE_PROFIT", "S
     parse = lambda raw: receipt_from(only_row(raw, "receipt").raw, client_id=client_id, redact=self.redact)
     return self._change("place_tpsl", parse, body=body, urgent=True)
 
+# %% ../../nbs/weex/02_client.ipynb #c3c7dd9a
+def modify_tpsl(self: WeexAPIClient, order_id: str, # Of the take-profit or stop-loss
+                trigger: Decimal, working: str = "CONTRACT_PRICE") -> Outcome:
+    "Move an attached take-profit or stop-loss."
+    _which(order_id, None); known("trigger price", working, ("CONTRACT_PRICE", "MARK_PRICE"))
+    if not isinstance(trigger, Decimal) or not trigger.is_finite() or trigger <= 0: raise ConfigError(f"trigger is {trigger!r}: write a positive Decimal.")
+    price = {"CONTRACT_PRICE": 1, "MARK_PRICE": 3}[working] if self.dialect == "v2" else working
+    body = {"orderId": int(order_id), "triggerPrice": plain(trigger), "triggerPriceType": price}
+    return self._change("modify_tpsl", _done, body=body, urgent=True)
 
-WeexAPIClient.open_triggers, WeexAPIClient.place_tpsl = open_triggers, place_tpsl
+
+WeexAPIClient.open_triggers, WeexAPIClient.place_tpsl, WeexAPIClient.modify_tpsl = open_triggers, place_tpsl, modify_tpsl
 WeexAPIClient.cancel_trigger, WeexAPIClient.cancel_triggers = cancel_trigger, cancel_triggers
 
 # %% ../../nbs/weex/02_client.ipynb #7f424f06
@@ -870,7 +889,7 @@ def upload_ai_log(self: WeexAPIClient, stage: str, # e.g. "Decision Making"
         raise ConfigError(f"The AI log's input or output is not JSON ({type(e).__name__}): use text, finite numbers, lists, dictionaries.") from None
     short = explanation.encode("utf-16-le", "replace")[:2 * EXPLANATION].decode("utf-16-le", "ignore")
     body = {"orderId": None if order_id is None else int(order_id), "stage": stage, "model": model, **told, "explanation": short}
-    return self._change("ai_log", lambda raw: raw, body=body)
+    return self._change("ai_log", _done, body=body)
 
 # %% ../../nbs/weex/02_client.ipynb #cd5de4a0
 def adjust_margin(self: WeexAPIClient, position_id: str, amount: Decimal) -> Outcome: # Positive adds, negative takes away
@@ -879,7 +898,7 @@ def adjust_margin(self: WeexAPIClient, position_id: str, amount: Decimal) -> Out
     _which(position_id, None)
     if self.dialect == "v2": body = {"coinId": 2, "isolatedPositionId": int(position_id), "collateralAmount": plain(amount)}
     else: body = {"isolatedPositionId": int(position_id), "amount": plain(abs(amount)), "type": 1 if amount > 0 else 2}
-    return self._change("adjust_margin", lambda raw: raw, body=body)
+    return self._change("adjust_margin", _done, body=body)
 
 
 WeexAPIClient.upload_ai_log, WeexAPIClient.adjust_margin = upload_ai_log, adjust_margin

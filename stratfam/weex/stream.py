@@ -14,6 +14,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Literal, Protocol
@@ -329,12 +330,11 @@ class Wire(Protocol):
     "What the thread needs of a connection."
     def send(self, text: str) -> None: "Write a frame."
     def recv(self, timeout: float) -> str | bytes: "Read a frame, or raise TimeoutError."
-    def close(self) -> None: "Be done."
 
 
 WS_HOSTS = {"contract": "wss://ws-contract.weex.com", "spot": "wss://ws-spot.weex.com"}
 
-def open_socket(url: str, headers: dict[str, str]) -> Wire:
+def open_socket(url: str, headers: dict[str, str]) -> AbstractContextManager[Wire]: # Opens on entering, closes on leaving
     "A WebSocket over `websockets`: no proxy, no redirect (it would carry our headers elsewhere), no compression."
     u = urlsplit(url)
     sock = socket.create_connection((u.hostname, u.port or (443 if u.scheme == "wss" else 80)), timeout=10)
@@ -348,7 +348,7 @@ class Stream:
                  channels: Sequence[str], # From `channel`, or names of `PRIVATE`
                  private: bool = False, # The account's stream instead of the public one
                  base_url: str | None = None, # Another server; a path prefix is allowed here
-                 connect: Callable[[str, dict[str, str]], Wire] = open_socket, # For tests
+                 connect: Callable[[str, dict[str, str]], AbstractContextManager[Wire]] = open_socket, # For tests
                  capacity: int = 10_000): # Events
         if private and client.demo: raise SandboxBreach("The demo account has no private stream; poll balance, positions and order_history.")
         if private and client.credentials is None: raise ConfigError("A private stream needs an API key: pass a client with credentials.")
@@ -383,8 +383,7 @@ class Stream:
 def _serve(self: Stream) -> str: # Why it ended
     "One connection, from handshake to trouble."
     now = self.client.env.clock.monotonic
-    wire = self.connect(self.url, self.headers())
-    try:
+    with self.connect(self.url, self.headers()) as wire:
         self.connections += 1
         self._handle(wire, self.core.opened(now()))
         while not self.stopping.is_set():
@@ -392,15 +391,14 @@ def _serve(self: Stream) -> str: # Why it ended
             except TimeoutError: pass
             if reason := self.core.trouble(now()): return reason
         return "stopped"
-    finally: wire.close()
 
-# %% ../../nbs/weex/04_stream.ipynb #a5b70401
+
 def _handle(self: Stream, wire: Wire, events: Sequence[Event]) -> None:
     for e in events:
         if isinstance(e, Send): wire.send(e.text)
     self.put([e for e in events if not isinstance(e, Send)])
 
-
+# %% ../../nbs/weex/04_stream.ipynb #a5b70401
 def _run(self: Stream) -> None:
     "Connect, serve, pause, again."
     pause = 1.0
