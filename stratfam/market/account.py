@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from numba import njit
 
-from ..core import LIQUIDATION, NO_EXIT, STOP, TARGET, Bars, ConfigError, as_step, bar_exit, lots_in
+from ..core import KERNEL, LIQUIDATION, NO_EXIT, STOP, TARGET, Bars, ConfigError, as_step, bar_exit, lots_in
 from ..risk.gate import ACTIVE, Reason, gate, gate_state, linear_room, measure, slot_state
 from ..risk.limits import bounded, check_bounds
 
@@ -122,7 +122,7 @@ def logged(log: np.ndarray) -> np.ndarray:
     return log[:n]
 
 # %% ../../nbs/market/00_account.ipynb #11bd8e7a
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def fill_price(costs, ref, qty, volume, maker):
     "Price of a fill of signed `qty` at reference price `ref`: slippage and impact against us; none for a resting (maker) fill."
     if maker: return ref
@@ -131,7 +131,7 @@ def fill_price(costs, ref, qty, volume, maker):
     return ref * (1.0 + slip) if qty > 0.0 else ref * (1.0 - slip)
 
 # %% ../../nbs/market/00_account.ipynb #2b9100c5
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def _write(log, b, t, n, lots, after, cause, price, ref, fee, slippage, entry, realised, trip):
     "Append one fill; past the end only the counter moves."
     last = len(log) - 1
@@ -143,7 +143,7 @@ def _write(log, b, t, n, lots, after, cause, price, ref, fee, slippage, entry, r
         r.fee, r.slippage, r.entry, r.realised, r.trip = fee, slippage, entry, realised, trip
 
 # %% ../../nbs/market/00_account.ipynb #2c972f36
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def set_levels(lim, p, side, price, opening):
     "Stop and target after an entry at `price`; a stop only tightens (R10). `p.entry` is the average entry price."
     stop = p.entry * (1.0 - side * lim.stop_loss)
@@ -155,7 +155,7 @@ def set_levels(lim, p, side, price, opening):
         if np.isfinite(level) and not side * (p.stop - level) >= 0.0: p.stop = level
 
 
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def end_trip(lim, a, g, p, t):
     "A position returned to zero: count the round trip; a losing streak starts a cooldown."
     a.trades += 1
@@ -165,7 +165,7 @@ def end_trip(lim, a, g, p, t):
     p.trip, p.stop, p.target = 0.0, np.nan, np.nan
 
 # %% ../../nbs/market/00_account.ipynb #c72cfef6
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, lots, ref, cause, log):
     "Trade `lots` signed lots of symbol n for account b at reference price `ref`; must not cross zero."
     p, s, maker = pos[b, n], slots[b, n], cause == TARGET
@@ -179,7 +179,7 @@ def fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, lots, ref, cause, log
     a.slippage += qty * (price - ref)
     a.turnover += abs(qty) * price
     a.fills += 1
-    gain, opening = 0.0, held * lots >= 0
+    gain, opening = 0.0, held == 0 or (held > 0) == (lots > 0)
     if opening: p.entry = (abs(held) * p.entry + abs(lots) * price) / (abs(held) + abs(lots))
     else: gain = -qty * (price - p.entry)
     a.realised += gain
@@ -192,20 +192,20 @@ def fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, lots, ref, cause, log
     p.traded, p.cause = t, cause
 
 # %% ../../nbs/market/00_account.ipynb #642c58a2
-@njit(cache=True, error_model="numpy", inline="always")
+@njit(**KERNEL, inline="always")
 def adverse(bar, lots):
     "The adverse extreme of a bar for a position; its last mark where the bar is missing."
     if bar.ok == 0.0: return bar.mark
     return bar.low if lots > 0 else bar.high
 
 
-@njit(cache=True, error_model="numpy", inline="always")
+@njit(**KERNEL, inline="always")
 def at_open(bar):
     "The open of a bar, or the last mark where it is missing."
     return bar.open if bar.ok != 0.0 else bar.mark
 
 
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def stop_point(bar, lots, stop):
     "When on the adverse path (0 open .. 1 extreme) a stop is hit; 2.0 = not in this bar."
     if lots == 0 or bar.ok == 0.0 or not np.isfinite(stop): return 2.0
@@ -214,13 +214,13 @@ def stop_point(bar, lots, stop):
     return max(0.0, (stop - o) / (x - o)) if x != o else 0.0
 
 
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def stop_ref(bar, lots, stop):
     "Reference price at which a stop fills: the stop, or the open where that is already beyond it."
     return bar.open if (bar.open - stop) * lots <= 0.0 else stop
 
 # %% ../../nbs/market/00_account.ipynb #5554a56c
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def _stops_at(bars, costs, sym, slots, pos, b, t, point):
     "Cash, after slippage and fee, of all stops hit exactly at `point` of the adverse path."
     total = 0.0
@@ -233,7 +233,7 @@ def _stops_at(bars, costs, sym, slots, pos, b, t, point):
     return total
 
 
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def liquidation_point(bars, costs, sym, cash, slots, pos, b, t):
     "First point of the adverse path at which equity no longer exceeds maintenance margin; 2.0 = never in this bar."
     mm, now = costs.maintenance, -1.0
@@ -255,7 +255,7 @@ def liquidation_point(bars, costs, sym, cash, slots, pos, b, t):
         cash, now = cash + _stops_at(bars, costs, sym, slots, pos, b, t, nxt), nxt
 
 # %% ../../nbs/market/00_account.ipynb #d27f74df
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def liquidate(bars, costs, sym, lim, a, g, slots, pos, b, t, point, log):
     "Fill the stops before `point` of the adverse path, then close the whole book there; a loss beyond equity is the venue's."
     for n in range(slots.shape[1]):
@@ -275,7 +275,7 @@ def liquidate(bars, costs, sym, lim, a, g, slots, pos, b, t, point, log):
         a.cash = 0.0
 
 # %% ../../nbs/market/00_account.ipynb #24e7d187
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def gap_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Stops whose level the open has already passed fill at the open."
     for n in range(slots.shape[1]):
@@ -285,7 +285,7 @@ def gap_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
             s.lock, s.pending = t + int(lim.lock_bars), 0
 
 
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def reductions(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Execute the reducing part of every order at the open; an order without a bar is dropped. True when entries remain."
     remain = False
@@ -304,7 +304,7 @@ def reductions(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     return remain
 
 # %% ../../nbs/market/00_account.ipynb #6bd14ba0
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def entries(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Execute the increasing part of every order at the open, all scaled by one factor to what leverage allows there (R1)."
     eq, gross, want = a.cash, 0.0, 0.0
@@ -326,7 +326,7 @@ def entries(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
         s.pending = s.lots
 
 # %% ../../nbs/market/00_account.ipynb #a2050e9c
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def bar_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Stops and targets inside bar t."
     for n in range(slots.shape[1]):
@@ -345,7 +345,7 @@ def bar_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
         s.pending = s.lots
 
 # %% ../../nbs/market/00_account.ipynb #714adaf0
-@njit(cache=True, error_model="numpy", inline="always")
+@njit(**KERNEL, inline="always")
 def mark_one(costs, lim, a, p, x, lots, lot):
     "Mark one position at the close: price move, trailing stop, funding. Returns its worth."
     q = lots * lot
@@ -365,7 +365,7 @@ def mark_one(costs, lim, a, p, x, lots, lot):
     return q * x.mark
 
 # %% ../../nbs/market/00_account.ipynb #cdb098eb
-@njit(cache=True, error_model="numpy", inline="always")
+@njit(**KERNEL, inline="always")
 def quiet_one(x, s, p):
     "True when bar `x` can only move the mark of one slot: no order, no level inside the bar."
     if s.lots != s.pending: return False
@@ -374,7 +374,7 @@ def quiet_one(x, s, p):
     return True
 
 
-@njit(cache=True, error_model="numpy", inline="always")
+@njit(**KERNEL, inline="always")
 def quiet(bars, costs, sym, a, slots, pos, b, t):
     "True when bar t can only move marks of account b: nothing to fill, and the adverse extremes cannot liquidate it."
     eq, gross = a.cash, 0.0
@@ -388,7 +388,7 @@ def quiet(bars, costs, sym, a, slots, pos, b, t):
     return gross == 0.0 or eq > costs.maintenance * gross
 
 # %% ../../nbs/market/00_account.ipynb #5f725b50
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def busy(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Play the open and the inside of bar t for account b."
     if costs.perp > 0.0:
@@ -408,7 +408,7 @@ def busy(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     bar_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log)
 
 
-@njit(cache=True, error_model="numpy", inline="always")
+@njit(**KERNEL, inline="always")
 def advance(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Play bar t for account b: open, inside, end. Fills go to `log`; equity is marked at the close; return statistics are kept."
     before, worth = a.equity, 0.0
@@ -425,7 +425,7 @@ def advance(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
         if a.top - a.equity > a.max_drawdown * a.top: a.max_drawdown = (a.top - a.equity) / a.top
 
 # %% ../../nbs/market/00_account.ipynb #0de2eaff
-@njit(cache=True, error_model="numpy", inline="always")
+@njit(**KERNEL, inline="always")
 def idle(lim, slots, pos, b, t, W, j):
     "True when no symbol has a wish and no position has reached its time stop."
     for n in range(slots.shape[1]):
@@ -434,7 +434,7 @@ def idle(lim, slots, pos, b, t, W, j):
     return True
 
 
-@njit(cache=True, error_model="numpy", inline="always")
+@njit(**KERNEL, inline="always")
 def decide(day, sym, lim, a, g, slots, pos, b, t, sense, context, corr, on, k, W, C, j, signals, work):
     "Account limits and the gate at the close of bar t: target lots for the next open and reasons into `slots[b]`."
     measure(lim, g, day, a.equity)
@@ -451,7 +451,7 @@ def decide(day, sym, lim, a, g, slots, pos, b, t, sense, context, corr, on, k, W
 # %% ../../nbs/market/00_account.ipynb #4d67612a
 SERIES = ("equity", "price_pnl", "fee", "slippage", "funding", "turnover")
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**KERNEL, nogil=True)
 def run(bars, days, costs, sym, lims, acct, gates, slots, pos, b, start, stop, sense, context, corr, on, W, C, signals, work, log, series, lots, why):
     "Walk account b through bars [start, stop) with wishes W, C (T,N); rows go to series (T,6), lots and why (T,N) unless these are empty."
     lim, a, g, c, o = lims[b if len(lims) > 1 else 0], acct[b], gates[b], costs[0], on[0]
@@ -464,7 +464,7 @@ def run(bars, days, costs, sym, lims, acct, gates, slots, pos, b, start, stop, s
         for n in range(slots.shape[1]): lots[t, n], why[t, n] = slots[b, n].lots, slots[b, n].why
 
 # %% ../../nbs/market/00_account.ipynb #00633d18
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def close_out(bars, costs, sym, lims, acct, gates, slots, pos, b, t, log):
     "Close every position of account b at the close of bar t (its last mark where the bar is missing)."
     lim, a = lims[b if len(lims) > 1 else 0], acct[b]

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from numba import njit
 
-from ..core import ConfigError, GATE_FIELDS, GateInputs, clean_decision, known, lots_in
+from ..core import ConfigError, GATE_FIELDS, KERNEL, GateInputs, clean_decision, known, lots_in
 from .limits import Limits, Lots, pack_rules
 
 # %% ../../nbs/risk/01_gate.ipynb #d9e9665c
@@ -138,7 +138,7 @@ def no_inputs(N: int, # Symbols
     return GateInputs(**fields, present=np.array([f in given for f in GATE_FIELDS]))
 
 # %% ../../nbs/risk/01_gate.ipynb #c0a86081
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def measure(lim, g, day, equity):
     "Update peak, day and drawdown of one account at a close; latch a halt on breach. `lim`, `g`: records; `day`: UTC day of the valuation."
     g.flatten = 0
@@ -155,14 +155,14 @@ def measure(lim, g, day, equity):
     if g.kill != 0: g.flatten = _KILL
 
 # %% ../../nbs/risk/01_gate.ipynb #0767fa67
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def reduce_only(w, w0):
     "The wish `w` clipped to what reduces the position `w0`: same sign, |after| <= |before|."
     if w0 >= 0.0: return min(max(w, 0.0), w0)
     return max(min(w, 0.0), w0)
 
 
-@njit(cache=True, error_model="numpy", inline="always")
+@njit(**KERNEL, inline="always")
 def denials(sym, lim, g, slot, x, ctx, on, t, w, c):
     "Bits of every reason that forbids increasing one symbol towards `w` at bar t; all arguments but t, w, c are records."
     why = 0
@@ -180,7 +180,7 @@ def denials(sym, lim, g, slot, x, ctx, on, t, w, c):
     return why
 
 # %% ../../nbs/risk/01_gate.ipynb #90096539
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def size_factor(lim, vol, regime, drawdown, has_vol, has_regime):
     "Factor in [0,1] on a wish, and the bits of the rules that shrank it."
     f, why = 1.0, 0
@@ -201,7 +201,7 @@ def size_factor(lim, vol, regime, drawdown, has_vol, has_regime):
     return f, why
 
 
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def kelly_cap(lim, confidence):
     "Largest |weight| that a fractional Kelly bet allows at this confidence; infinity when the rule is off."
     if not np.isfinite(lim.kelly): return np.inf
@@ -211,7 +211,7 @@ def kelly_cap(lim, confidence):
     return lim.kelly * edge / risk if edge > 0.0 else 0.0
 
 # %% ../../nbs/risk/01_gate.ipynb #fdb04d49
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def wish(sym, lim, g, slot, x, ctx, on, t, w, w0, c):
     "Goal weight of one symbol after denials, sizing and its own cap, and the reason bits; `w0` is the weight held."
     if not np.isfinite(w): return w0, _BAD
@@ -237,7 +237,7 @@ def work_space(N: int) -> np.ndarray:
     return np.zeros((4, N))
 
 
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def linear_room(base, inc, cap):
     "Largest s in [0,1] with base + s*inc <= cap."
     if not (inc > 0.0): return 1.0
@@ -245,7 +245,7 @@ def linear_room(base, inc, cap):
     return max(0.0, (cap - base) / inc) if np.isfinite(cap) else (1.0 if cap > 0.0 else 0.0)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def corr_room(work, C, k, cap):
     "Largest s in [0,1] with sqrt(x' C[k] x) <= cap, x = base + s*inc, rows 0 and 1 of `work`; a NaN correlation counts as 1."
     a, b, c = 0.0, 0.0, 0.0
@@ -260,7 +260,7 @@ def corr_room(work, C, k, cap):
     return max(0.0, min(1.0, (np.sqrt(b * b - a * (c - cap * cap)) - b) / a))
 
 # %% ../../nbs/risk/01_gate.ipynb #c6650475
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def room(lim, work, moves, corr, k, has_corr):
     "Common factor for all increases of the book, and the bits of the rules that bind; `moves`: their sum of |change of weight|."
     B, I = 0.0, 0.0
@@ -282,7 +282,7 @@ def room(lim, work, moves, corr, k, has_corr):
     return s, why
 
 # %% ../../nbs/risk/01_gate.ipynb #4a376149
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def to_lots(sym, lim, goal, w0, held, equity, price):
     "Signed lots of one symbol for the weight `goal`, given `held` lots, and reason bits."
     if goal == 0.0: return 0, 0
@@ -299,7 +299,7 @@ def to_lots(sym, lim, goal, w0, held, equity, price):
     return L, 0
 
 # %% ../../nbs/risk/01_gate.ipynb #4488e7b7
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def _stop_all(slots, b, bits):
     "Target zero everywhere: kill, halt or a breached limit."
     for n in range(slots.shape[1]):
@@ -308,7 +308,7 @@ def _stop_all(slots, b, bits):
         s.why = bits if s.lots != 0 else (bits & (_HALTED | _KILL))
 
 
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def _count_bad(lim, g, W, j):
     "Count bars whose every wish is unusable; too many in a row HALT."
     bad = True
@@ -317,7 +317,7 @@ def _count_bad(lim, g, W, j):
     if g.bad_run >= lim.max_bad_outputs and g.state != HALTED: g.state, g.cause = HALTED, _BAD
 
 # %% ../../nbs/risk/01_gate.ipynb #16f9e988
-@njit(cache=True, error_model="numpy", inline="always")
+@njit(**KERNEL, inline="always")
 def _wishes(sym, lim, g, slots, b, sense, context, on, k, t, equity, W, C, j, work):
     "Fill `work` with what stays and what is to be added; returns the sum of wished increases of weight."
     moves, ctx = 0.0, context[k]
@@ -332,7 +332,7 @@ def _wishes(sym, lim, g, slots, b, sense, context, on, k, t, equity, W, C, j, wo
     return moves
 
 
-@njit(cache=True, error_model="numpy", inline="always")
+@njit(**KERNEL, inline="always")
 def _settle(sym, lim, slot, x, n, s, book, equity, signals, work):
     "Turn one symbol's goal into target lots, after the book's factor `s`."
     if slot.why & _BAD:
@@ -346,7 +346,7 @@ def _settle(sym, lim, slot, x, n, s, book, equity, signals, work):
     slot.why |= bits
 
 # %% ../../nbs/risk/01_gate.ipynb #affbfa6f
-@njit(cache=True, error_model="numpy")
+@njit(**KERNEL)
 def gate(sym, lim, g, slots, b, sense, context, corr, on, k, t, equity, W, C, j, signals, work):
     """Account b at one close: target lots and reason bits into `slots[b]`.
 
