@@ -37,6 +37,8 @@ class Truth:
     def __post_init__(self):
         for k in ("mu", "sigma", "correlation"): object.__setattr__(self, k, frozen_array(getattr(self, k), "f8"))
 
+    def __reduce__(self): return Truth, tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+
 
 @dataclass(frozen=True, eq=False)
 class World:
@@ -185,7 +187,8 @@ def _garch_variance(z: np.ndarray, mean: float, alpha: float, beta: float) -> np
 def garch(g: Grid, vol: float = 0.8, correlation: float = 0.6, premium: float = 0.0,
           alpha: float = 0.06, beta: float = 0.92, df: float = 5.0) -> tuple[Bars, Truth]:
     "GARCH(1,1) with Student t shocks."
-    if not (alpha >= 0 and beta >= 0 and alpha + beta < 1): raise ConfigError(f"alpha + beta is {alpha + beta:g}, expected both >= 0 and a sum below 1.")
+    if not (alpha >= 0 and beta >= 0 and alpha + beta < 1):
+        raise ConfigError(f"alpha + beta is {alpha + beta:g}, expected both >= 0 and a sum below 1.")
     burn = 500
     z = students(g.rng, burn + g.T, g.N, correlation, df)
     v = _garch_variance(z, _bar_sd(g, vol) ** 2, float(alpha), float(beta))[burn:]
@@ -223,7 +226,8 @@ def merton(g: Grid, vol: float = 0.8, correlation: float = 0.6, premium: float =
     "Merton's jump diffusion; jumps strike all symbols in the same bar."
     rate = _bounded("intensity", intensity, 0.0, 0.5 * g.per_year) / g.per_year
     total, jump = _bar_sd(g, vol) ** 2, rate * (jump_mean**2 + _bounded("jump_sd", jump_sd, 0.0, 1.0) ** 2)
-    if jump >= total: raise ConfigError(f"jumps alone carry {jump / total:.0%} of the variance at vol={vol:g}; lower intensity, jump_mean or jump_sd.")
+    if jump >= total:
+        raise ConfigError(f"jumps alone carry {jump / total:.0%} of the variance at vol={vol:g}; lower intensity, jump_mean or jump_sd.")
     count = g.rng.poisson(rate, (g.T, 1)).astype("f8")
     jumps = count * jump_mean + np.sqrt(count) * jump_sd * normals(g.rng, g.T, g.N, correlation)
     smooth, sd = np.sqrt(total - jump), np.full((g.T + 1, g.N), np.sqrt(total))
@@ -262,7 +266,8 @@ def _variance(g: Grid, edge: float, n: float, weight: float = 1.0) -> float:
     "Variance of a Gaussian drift in `n` independent directions, at work a share `weight` of the time, that gives the oracle Sharpe `edge`."
     s2 = _per_bar(g, edge) ** 2
     room = weight * n - s2 * (2.0 + n - weight * n)
-    if room <= 0.2 * weight * n: raise ConfigError(f"an edge of {edge:g} a year is too large for bars of {step_name(g.step)}; use shorter bars or a smaller edge.")
+    if room <= 0.2 * weight * n:
+        raise ConfigError(f"an edge of {edge:g} a year is too large for bars of {step_name(g.step)}; use shorter bars or a smaller edge.")
     return s2 / room
 
 
@@ -290,7 +295,8 @@ def _oracle_edge(edge: float, seen_by: str, best: Callable[[float], float]) -> f
         except ConfigError: seen = np.inf  # more than these bars can carry: search below
         low, high = (low, middle) if seen >= edge else (middle, high)
     if not abs(best(low) - edge) < 1e-3 * edge:
-        raise ConfigError(f"prices alone can show a Sharpe of at most {best(low):.2f} here, found edge={edge:g}. Lower the edge, change the half-life or add symbols.")
+        raise ConfigError(f"prices alone can show a Sharpe of at most {best(low):.2f} here, found edge={edge:g}. Lower the edge, "
+                          "change the half-life or add symbols.")
     return low
 
 
@@ -319,7 +325,8 @@ def momentum(g: Grid, vol: float = 0.8, correlation: float = 0.0, edge: float = 
     return _driven(g, s, np.full_like(s, _bar_sd(g, vol)), z, correlation, _annual(g, g.N * v, 2 * g.N * v * v), best)
 
 
-def decaying(g: Grid, vol: float = 0.8, correlation: float = 0.0, edge: float = 4.0, half_life: float = 60.0, life: float = 0.25) -> tuple[Bars, Truth]:
+def decaying(g: Grid, vol: float = 0.8, correlation: float = 0.0, edge: float = 4.0, half_life: float = 60.0,
+             life: float = 0.25) -> tuple[Bars, Truth]:
     "Momentum whose Sharpe halves every `life` of the sample."
     fade = 0.5 ** (2.0 * np.arange(g.T + 1) / (_bounded("life", life, 0.01, 100.0) * g.T))
     v, phi = _variance(g, edge, g.N) * fade, _decay(g, half_life)
@@ -391,10 +398,11 @@ def _burst_clock(g: Grid, length: int, rate: float) -> np.ndarray: # (T+1,) int
     return left
 
 
-def drift_burst(g: Grid, vol: float = 0.8, correlation: float = 0.6, edge: float = 1.0, hours: float = 24.0, per_year: float = 24.0,
-                alpha: float = 0.65, beta: float = 0.25) -> tuple[Bars, Truth]:
+def drift_burst(g: Grid, vol: float = 0.8, correlation: float = 0.6, edge: float = 1.0, hours: float = 24.0,
+                per_year: float = 24.0, alpha: float = 0.65, beta: float = 0.25) -> tuple[Bars, Truth]:
     "Rare one-way runs whose drift and volatility explode."
-    if not 0 <= beta < 0.5 or not beta <= alpha < 1: raise ConfigError(f"alpha {alpha:g}, beta {beta:g}: expected 0 <= beta < 1/2 and beta <= alpha < 1.")
+    if not 0 <= beta < 0.5 or not beta <= alpha < 1:
+        raise ConfigError(f"alpha is {alpha:g} and beta {beta:g}, expected 0 <= beta < 1/2 and beta <= alpha < 1.")
     length = int(round(_bounded("hours", hours, 0.0, 8760.0) * g.per_year / 8760.0))
     if length < 2: raise ConfigError(f"a burst of {hours:g} hours has {length} bars of {step_name(g.step)}; use at least 2.")
     rate = _bounded("per_year", per_year, 0.01, 0.5 * g.per_year / length) / g.per_year
@@ -404,11 +412,13 @@ def drift_burst(g: Grid, vol: float = 0.8, correlation: float = 0.6, edge: float
     level = np.append(1.0, x**-beta) / np.sqrt(1.0 - on + on * np.mean(x ** (-2 * beta)))
     q, q2 = on * np.mean(shape[1:] ** 2), on * np.mean(shape[1:] ** 4)
     size2 = _per_bar(g, edge) ** 2 * q / (q * q - _per_bar(g, edge) ** 2 * (q2 - q * q))
-    if not size2 >= 0: raise ConfigError(f"an edge of {edge:g} is more than {per_year:g} bursts a year of {hours:g} hours can carry; raise either.")
+    if not size2 >= 0:
+        raise ConfigError(f"an edge of {edge:g} is more than {per_year:g} bursts a year of {hours:g} hours can carry; raise either.")
     size = np.sqrt(size2 * (1.0 + (g.N - 1) * correlation) / g.N)
     way = np.where(g.rng.random(g.T + 1) < 0.5, 1.0, -1.0)[np.cumsum(left == length) * (left > 0)]
     s, sd = (np.repeat(v[:, None], g.N, axis=1) for v in (size * way * shape[left], _bar_sd(g, vol) * level[left]))
-    return _driven(g, s, sd, normals(g.rng, g.T, g.N, correlation), correlation, _annual(g, size2 * q, size2**2 * (q2 - q * q)), regime=(left > 0).astype(int))
+    z, sharpe = normals(g.rng, g.T, g.N, correlation), _annual(g, size2 * q, size2**2 * (q2 - q * q))
+    return _driven(g, s, sd, z, correlation, sharpe, regime=(left > 0).astype(int))
 
 # %% ../../nbs/data/02_worlds.ipynb #dbbf1145
 def _season(g: Grid) -> np.ndarray: # (T+1,) mean square 1 over a week
@@ -416,18 +426,23 @@ def _season(g: Grid) -> np.ndarray: # (T+1,) mean square 1 over a week
     time = g.start + np.arange(g.T + 1) * g.step
     hour = ((time - time.astype("datetime64[D]")) + g.step / 2) / np.timedelta64(1, "h")
     weekday = (time.astype("datetime64[D]").astype("i8") + 3) % 7
-    shape = lambda hour, day: np.where(day >= 5, 0.75, 1.0) * (1.0 + 0.3 * np.cos(2 * np.pi * (hour - 15.5) / 24) + 0.1 * np.cos(4 * np.pi * (hour - 15.5) / 24))
+    wave = lambda hour: 1.0 + 0.3 * np.cos(2 * np.pi * (hour - 15.5) / 24) + 0.1 * np.cos(4 * np.pi * (hour - 15.5) / 24)
+    shape = lambda hour, day: np.where(day >= 5, 0.75, 1.0) * wave(hour)
     if g.step >= np.timedelta64(1, "D"): return np.ones(g.T + 1)
     h, d = np.meshgrid(np.arange(24) + 0.5, np.arange(7))
     return shape(hour, weekday) / np.sqrt(np.mean(shape(h, d) ** 2))
 
 
-def crypto_like(g: Grid, vol: float = 0.9, correlation: float = 0.7, premium: float = 0.0, slow: float = 0.35, fast: float = 0.35,
-                df: float = 5.0) -> tuple[Bars, Truth]:
+def _log_vol(g: Grid, name: str, size: float, days: float) -> np.ndarray: # (T+1,N)
+    "One component of log volatility: standard deviation `size`, half-life `days` (at least a bar), mostly common to all symbols."
+    return _bounded(name, size, 0.0, 1.0) * ar1(normals(g.rng, g.T + 1, g.N, 0.8), _decay(g, max(days, 365.0 / g.per_year)))
+
+
+def crypto_like(g: Grid, vol: float = 0.9, correlation: float = 0.7, premium: float = 0.0,
+                slow: float = 0.35, fast: float = 0.35, df: float = 5.0) -> tuple[Bars, Truth]:
     "A fair game with the stylised facts of crypto markets."
-    state = lambda size, days: _bounded("slow and fast", size, 0.0, 1.0) * ar1(normals(g.rng, g.T + 1, g.N, 0.8), _decay(g, max(days, 365 / g.per_year)))
     rank = np.arange(g.N) / max(g.N - 1, 1)
-    h, season = state(slow, 20.0) + state(fast, 0.5), _season(g)
+    h, season = _log_vol(g, "slow", slow, 20.0) + _log_vol(g, "fast", fast, 0.5), _season(g)
     sd = _bar_sd(g, vol) * (0.75 + 0.5 * rank) * season[:, None] * np.exp(h - slow**2 - fast**2)
     p = _fair(g, sd, students(g.rng, g.T, g.N, correlation, df), premium, correlation)
     return _assemble(g, p._replace(price=30_000.0 * 1e-5**rank, activity=np.repeat(season[:-1, None], g.N, axis=1)))
@@ -441,7 +456,7 @@ def _shape(bars: Bars) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.nan_to_num(p, nan=0.0) for p in parts)
 
 
-def _rebuild(bars: Bars, first: np.ndarray, gap: np.ndarray, body: np.ndarray, high: np.ndarray, low: np.ndarray, ok: np.ndarray) -> dict[str, np.ndarray]:
+def _rebuild(first: np.ndarray, gap: np.ndarray, body: np.ndarray, high: np.ndarray, low: np.ndarray, ok: np.ndarray) -> dict[str, np.ndarray]:
     "The four prices of bars with these log shapes, NaN where not ok."
     close = np.log(first) + np.cumsum(gap + body, axis=0)
     open_ = close - body
@@ -459,7 +474,7 @@ def placebo_bars(bars: Bars, # Real bars; gaps stay where they are
     flip = np.random.default_rng([zlib.crc32(b"placebo"), seed]).random((len(bars), 1)) < 0.5
     sign = np.where(flip, -1.0, 1.0)
     fair = np.log(np.cosh(gap + body))
-    new = _rebuild(bars, _first_open(bars), sign * gap, sign * body - fair, np.where(flip, -low, high), np.where(flip, -high, low), bars.ok)
+    new = _rebuild(_first_open(bars), sign * gap, sign * body - fair, np.where(flip, -low, high), np.where(flip, -high, low), bars.ok)
     return dataclasses.replace(bars, **new)
 
 
@@ -481,7 +496,8 @@ def _blocks(rng: np.random.Generator, T: int, M: int, mean: float) -> np.ndarray
     new = rng.random(T) < 1.0 / mean
     new[0] = True
     begin = np.flatnonzero(new)
-    return (np.repeat(rng.integers(0, M, len(begin)), np.diff(np.append(begin, T))) + np.arange(T) - np.maximum.accumulate(np.where(new, np.arange(T), 0))) % M
+    start = rng.integers(0, M, len(begin)) - begin
+    return (np.repeat(start, np.diff(np.append(begin, T))) + np.arange(T)) % M
 
 
 def _pick(rng: np.random.Generator, level: np.ndarray, path: np.ndarray, strata: int) -> np.ndarray: # (T,) int
@@ -494,31 +510,32 @@ def _pick(rng: np.random.Generator, level: np.ndarray, path: np.ndarray, strata:
 def bootstrap_bars(bars: Bars, # Real bars; rows in which a symbol is missing are not drawn
                    seed: int, # Of the draw
                    n_bars: int | None = None, # Length of the result; as long as `bars` by default
-                   block_days: float = 5.0, # Mean block of the volatility path
-                   strata: int = 10, # Volatility levels
+                   block_days: float = 10.0, # Mean block of the volatility path
+                   strata: int = 50, # Volatility levels; fewer where a level would hold under 20 bars
                   ) -> Bars: # Gap-free, starting when `bars` start
     "Redraw real bars so that volatility still clusters and direction cannot be predicted."
     T, whole = len(bars) if n_bars is None else int(n_bars), bars.ok.all(axis=1)
     rows = np.flatnonzero(whole[1:] & whole[:-1]) + 1
-    if len(rows) < 20 * strata: raise DataError(f"only {len(rows)} rows of {bars!r} have all symbols and a bar before them; expected at least {20 * strata}.")
+    if len(rows) < 100: raise DataError(f"only {len(rows)} rows of {bars!r} have all symbols and a bar before them; expected at least 100.")
+    strata = max(1, min(int(strata), len(rows) // 20))
     gap, body, high, low = (p[rows] for p in _shape(bars))
     rng, day = np.random.default_rng([zlib.crc32(b"bootstrap"), seed]), bars_per_year(bars.step) / 365.0
     level = _levels(np.abs(gap + body).mean(axis=1), max(day, 1.0), strata)
     mean = np.stack([np.log(np.exp(gap + body)[level == k].mean(axis=0)) for k in range(strata)])
     i = _pick(rng, level, _blocks(rng, T, len(rows), max(1.0, block_days * day)), strata)
     ok = np.ones((T, len(bars.symbols)), bool)
-    new = _rebuild(bars, _first_open(bars), gap[i], (body - mean[level])[i], high[i], low[i], ok)
+    new = _rebuild(_first_open(bars), gap[i], (body - mean[level])[i], high[i], low[i], ok)
     time = bars.time[0] + np.arange(T) * bars.step
     if not bars.ohl_known: return bars_from_close(time, new["close"], bars.symbols, bars.step, bars.market)
-    funding = np.broadcast_to(np.nanmean(np.where(whole[:, None], bars.funding, np.nan), axis=0), ok.shape)
+    funding = np.broadcast_to(pd.DataFrame(bars.funding[whole]).mean().to_numpy(), ok.shape)
     return dataclasses.replace(bars, time=time, volume=bars.volume[rows][i], funding=funding, ok=ok, **new)
 
 # %% ../../nbs/data/02_worlds.ipynb #3045b0e3
 def _source(g: Grid, source: Bars | None, exact: bool) -> Bars:
     "The bars to redraw: given ones that fit the grid, else a crypto-like draw."
     if source is None: return crypto_like(g)[0]
-    if source.step != g.step: raise ConfigError(f"source has bars of {step_name(source.step)}, the world {step_name(g.step)}; pass the same step.")
-    if len(source.symbols) != g.N: raise ConfigError(f"source has {len(source.symbols)} symbols, the world {g.N}; pass n_symbols={len(source.symbols)}.")
+    if source.step != g.step: raise ConfigError(f"source has bars of {step_name(source.step)}, the world {step_name(g.step)}; set step to match.")
+    if len(source.symbols) != g.N: raise ConfigError(f"source has {len(source.symbols)} symbols, the world {g.N}; set n_symbols to match.")
     if source.market != g.market: raise ConfigError(f"source is {source.market}, the world {g.market}; pass market={source.market!r}.")
     if exact and len(source) != g.T: raise ConfigError(f"source has {len(source)} bars, the world {g.T}; pass n_bars={len(source)}.")
     return source
@@ -537,7 +554,7 @@ def placebo(g: Grid, source: Bars | None = None) -> tuple[Bars, Truth]:
     return _redrawn(placebo_bars(_source(g, source, True), int(g.rng.integers(2**31))))
 
 
-def bootstrap(g: Grid, source: Bars | None = None, block_days: float = 5.0, strata: int = 10) -> tuple[Bars, Truth]:
+def bootstrap(g: Grid, source: Bars | None = None, block_days: float = 10.0, strata: int = 50) -> tuple[Bars, Truth]:
     "Real bars redrawn: volatility clusters, direction is gone."
     return _redrawn(bootstrap_bars(_source(g, source, False), int(g.rng.integers(2**31)), g.T, block_days, strata))
 
@@ -579,7 +596,7 @@ def make_world(name: str, # Key of `WORLDS`
     g = Grid(int(n_bars), int(n_symbols), step, bars_per_year(step), market, np.datetime64(start, "ns"), float(funding),
              *(np.random.default_rng(x) for x in streams))
     bars, truth = made.make(g, **params)
-    return World(bars, name, made.kind, MappingProxyType({**made.params, **params}), int(seed), truth)
+    return World(bars, name, made.kind, {**made.params, **params}, int(seed), truth)
 
 
 def worlds_table() -> pd.DataFrame: # Indexed by name: kind, parameters, about
@@ -632,7 +649,7 @@ def stylised_facts(bars: Bars, # Any bars; gaps are skipped
         table[symbol] = {
             "annual volatility": x.std() * np.sqrt(bars_per_year(bars.step)), "skewness": float(pd.Series(x).skew()),
             "excess kurtosis": float(pd.Series(x).kurt()), "tail index": _hill(x), "acf(r, 1 bar)": _acf(r[:, n], 1),
-            "acf(|r|, 1 bar)": _acf(np.abs(r[:, n]), 1), "acf(|r|, 1 day)": _acf(np.abs(r[:, n]), day), "acf(|r|, 10 days)": _acf(np.abs(r[:, n]), 10 * day),
+            **{f"acf(|r|, {name})": _acf(np.abs(r[:, n]), lag) for name, lag in (("1 bar", 1), ("1 day", day), ("10 days", 10 * day))},
             "range / |r|": np.nanmean(span[:, n]) / np.abs(x).mean() if bars.ohl_known else np.nan,
             "corr(|r|, volume)": pd.Series(np.abs(r[:, n])).corr(pd.Series(bars.volume[:, n]), method="spearman"),
             "correlation with others": np.delete(corr[n], n).mean() if len(corr) > 1 else np.nan,
