@@ -247,21 +247,33 @@ class Folds(Sequence):
         return Fold(self.train[self.train_at[s]:self.train_at[s + 1]].tolist(), test, groups, paths)
 
 # %% ../../nbs/validation/00_splits.ipynb #7605e775
+@njit(cache=True, error_model="numpy")
+def _count_up(intervals: np.ndarray) -> np.ndarray:
+    "Row numbers of (m,2) intervals, one after the other."
+    n = 0
+    for k in range(len(intervals)): n += intervals[k, 1] - intervals[k, 0]
+    out, m = np.empty(n, np.int64), 0
+    for k in range(len(intervals)):
+        a = intervals[k, 0]
+        part = out[m:m + intervals[k, 1] - a]
+        for i in range(len(part)): part[i] = a + i
+        m += len(part)
+    return out
+
+
 def rows_of(intervals: Iterable[tuple[int, int]], # [start, stop) intervals
            ) -> np.ndarray: # int64 row numbers
     "The row numbers inside `intervals`, for libraries that want indices. Series must not be glued by them: see `pieces`."
-    return np.concatenate([np.arange(a, b) for a, b in intervals])
+    return _count_up(np.array(list(intervals), dtype=np.int64).reshape(-1, 2))
 
-
+# %% ../../nbs/validation/00_splits.ipynb #2e3e9040
 def _split(self: Folds, X: Any = None, y: Any = None, groups: Any = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     "Yield (train rows, test rows) of each split; `X`, when given, must have as many rows as the timeline."
     if X is not None and np.shape(X)[0] != self.line.n:
         raise DataError(f"X has {np.shape(X)[0]} rows, but these folds were made for {self.line.n}: make them again for this X.")
-    every = np.arange(self.line.n)
-    train, test, at, t_at = self.train.tolist(), self.test.tolist(), self.train_at.tolist(), self.test_at.tolist()
-    for s, combo in enumerate(self.combos.tolist()):
-        yield (np.concatenate([every[a:b] for a, b in train[at[s]:at[s + 1]]]),
-               np.concatenate([every[a:b] for g in combo for a, b in test[t_at[g]:t_at[g + 1]]]))
+    for s, combo in enumerate(self.combos):
+        test = np.concatenate([self.test[self.test_at[g]:self.test_at[g + 1]] for g in combo])
+        yield _count_up(self.train[self.train_at[s]:self.train_at[s + 1]]), _count_up(test)
 
 
 def _get_n_splits(self: Folds, X: Any = None, y: Any = None, groups: Any = None) -> int:
