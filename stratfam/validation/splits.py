@@ -55,7 +55,7 @@ def duration_bars(duration: Any, # "1d", "90m", a timedelta; zero as "0h" or tim
     length = as_step(duration)
     if step is None:
         raise ConfigError(f"{what} is {step_name(length)}, but the rows have no bar length: pass step='1h' (your bar), times, or Bars.")
-    return int(-(-length.astype("i8") // step.astype("i8")))
+    return int(-(-length // as_step(step)))
 
 # %% ../../nbs/validation/00_splits.ipynb #67ba6f16
 def _grid(times: pd.DatetimeIndex) -> np.timedelta64 | None:
