@@ -381,9 +381,9 @@ def test_label_ends_and_lookback_are_required():
 
 
 def test_bad_splitters_and_segments_are_refused():
-    for make in (lambda: sp.PurgedKFold(1), lambda: sp.PurgedKFold(2.0), lambda: sp.CombinatorialPurgedCV(4, 4), lambda: sp.CombinatorialPurgedCV(4, 0),
-                 lambda: sp.WalkForward(0), lambda: sp.CombinatorialPurgedCV(60, 30)):
-        with pytest.raises(ConfigError): make()
+    cpcv = sp.CombinatorialPurgedCV
+    for make, args in ((sp.PurgedKFold, (1,)), (sp.PurgedKFold, (2.0,)), (cpcv, (4, 4)), (cpcv, (4, 0)), (cpcv, (60, 30)), (sp.WalkForward, (0,))):
+        with pytest.raises(ConfigError): make(*args)
     for segments in ([(0, 5), (4, 9)], [(5, 9), (0, 5)], [(0, 0)], [(0, 10)], []):
         with pytest.raises(DataError): sp.PurgedKFold(2).folds(9, np.arange(9), 0, "0h", segments)
     with pytest.raises(ConfigError, match="at least one bar"): sp.WalkForward(2, train="0h").folds(9, np.arange(9), 0, "0h", step="1h")
