@@ -82,7 +82,8 @@ def _sharpes(total: np.ndarray, square: np.ndarray, n: int, shift: np.ndarray, o
     for j in range(len(out)):
         mean = total[j] / n
         left = square[j] - total[j] * mean
-        out[j] = (shift[j] + mean) / np.sqrt(left / (n - 1)) if left > 1e-12 * square[j] else 0.0
+        moves = left > 1e-12 * square[j]
+        out[j] = (shift[j] + mean if moves else 0.0) / np.sqrt(left / (n - 1) if moves else 1.0)
 
 
 @njit(cache=True, error_model="numpy")
@@ -102,9 +103,9 @@ def _choose(seen: np.ndarray, unseen: np.ndarray) -> tuple[int, float]:
 def _drop(values: np.ndarray, grid: np.ndarray, count: np.ndarray, total: np.ndarray) -> None:
     "Add each value to the bin of the first grid point that is not below it; the last bin is for those above all."
     G = len(grid)
-    width = (grid[-1] - grid[0]) / max(G - 1, 1)
+    per = (G - 1) / (grid[-1] - grid[0]) if G > 1 else 0.0
     for v in values:
-        k = 0 if v <= grid[0] else G if v > grid[-1] else min(int((v - grid[0]) / width), G - 1)
+        k = 0 if v <= grid[0] else G if v > grid[-1] else min(int((v - grid[0]) * per), G - 1)
         while k > 0 and v <= grid[k - 1]: k -= 1
         while k < G and v > grid[k]: k += 1
         count[k] += 1
@@ -196,9 +197,9 @@ class Overfitting:
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     "Slope, intercept and R2 of the least-squares line."
     dx, dy = x - x.mean(), y - y.mean()
-    if not dx.any(): return math.nan, math.nan, math.nan
-    slope = float(dx @ dy / (dx @ dx))
-    return slope, float(y.mean() - slope * x.mean()), float((dx @ dy) ** 2 / (dx @ dx) / (dy @ dy)) if dy.any() else 1.0
+    xx, xy, yy = (float((a * b).sum()) for a, b in ((dx, dx), (dx, dy), (dy, dy))) # Not `@`: BLAS threads cost more than this
+    if xx == 0.0: return math.nan, math.nan, math.nan
+    return xy / xx, float(y.mean() - xy / xx * x.mean()), xy * xy / (xx * yy) if yy > 0.0 else 1.0
 
 
 def _dominance(grid: np.ndarray, chosen: tuple, every: tuple) -> tuple[pd.DataFrame, bool, bool]:
