@@ -18,14 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from arch.bootstrap import MCS, SPA, StepM, optimal_block_length
 from numba import njit
-from scipy.cluster.hierarchy import average, fcluster
-from scipy.spatial.distance import squareform
 from scipy.special import ndtr, ndtri
-from scipy.stats import trim_mean
-from sklearn.metrics import silhouette_samples
-from statsmodels.stats.multitest import multipletests
 
 from ..core import ConfigError, DataError, as_step, bars_per_year, known
 
@@ -223,6 +217,7 @@ def adjust(pvalues: pd.Series, # One p-value per trial, labelled
     known("adjustment", method, ("holm", "bh"))
     p = np.asarray(pvalues, dtype="f8")
     if not len(p) or not ((p >= 0) & (p <= 1)).all(): raise DataError("p-values must be numbers in [0, 1], at least one.")
+    from statsmodels.stats.multitest import multipletests
     keep, adj, _, _ = multipletests(p, alpha=level, method={"holm": "holm", "bh": "fdr_bh"}[method])
     return pd.DataFrame({"p": p, "adjusted": adj, "survives": keep}, index=getattr(pvalues, "index", None))
 
@@ -236,6 +231,9 @@ class EffectiveTrials(NamedTuple):
 
 def _clusters(corr: np.ndarray) -> int:
     "Number of clusters whose silhouettes have the best ratio of mean to standard deviation."
+    from scipy.cluster.hierarchy import average, fcluster
+    from scipy.spatial.distance import squareform
+    from sklearn.metrics import silhouette_samples
     n = len(corr)
     if n < 3: return n
     dist = np.sqrt(np.clip((1.0 - corr) / 2.0, 0.0, 1.0)); np.fill_diagonal(dist, 0.0)
@@ -327,6 +325,7 @@ class Interval(NamedTuple):
 
 def block_length(ret: Any) -> float: # (T,) returns -> mean block, rows
     "Block length of the stationary bootstrap after Politis and White 2004, corrected by Patton et al. 2009."
+    from arch.bootstrap import optimal_block_length
     x = clean(ret)
     return float(max(1.0, optimal_block_length(x)["stationary"].iloc[0])) if not flat(x[:, None])[0] else 1.0
 
@@ -364,11 +363,15 @@ def _blocks(frame: pd.DataFrame, block: float | None) -> int:
     return int(round(max(5.0, len(frame) ** (1 / 3)) if block is None else block))
 
 
-def _aligned(benchmark: pd.Series, frame: pd.DataFrame) -> np.ndarray:
-    "The benchmark's losses, on the frame's own rows."
+def _losses(frame: pd.DataFrame, benchmark: pd.Series, block: int, seed: int) -> tuple[np.ndarray, pd.DataFrame]:
+    "Losses of a zero benchmark and of each strategy against the given one, in units of their long-run deviation."
     if not isinstance(benchmark, pd.Series) or not benchmark.index.equals(frame.index):
         raise DataError("the benchmark must be a Series on exactly the rows of the strategies. Reindex it first.")
-    return -clean(benchmark)
+    diff = frame.sub(clean(benchmark), axis=0)
+    same = diff.columns[flat(diff.to_numpy("f8"))]
+    if len(same): raise DataError(f"strategy {same[0]!r} never differs from the benchmark; leave it out.")
+    spread = (draw_counts(len(diff), 499, block, seed) @ diff.to_numpy("f8")).std(axis=0) / math.sqrt(len(diff))
+    return np.zeros(len(diff)), -diff / spread
 
 
 def spa(ret: pd.DataFrame, # (T,K) net returns
@@ -378,8 +381,10 @@ def spa(ret: pd.DataFrame, # (T,K) net returns
         seed: int = 0, # For the draws
        ) -> SpaResult: # Three p-values
     "Does the best strategy have a higher mean than the benchmark? (Hansen 2005)"
+    from arch.bootstrap import SPA
     frame = labelled(ret)
-    test = SPA(_aligned(benchmark, frame), -frame, block_size=_blocks(frame, block), reps=reps, seed=seed)
+    L = _blocks(frame, block)
+    test = SPA(*_losses(frame, benchmark, L, seed), block_size=L, reps=reps, seed=seed)
     test.compute()
     return SpaResult(*(float(test.pvalues[k]) for k in ("lower", "consistent", "upper")))
 
@@ -390,8 +395,10 @@ def step_m(ret: pd.DataFrame, # (T,K) net returns
            reps: int = 999, block: float | None = None, seed: int = 0,
           ) -> tuple[str, ...]: # Names, in column order
     "Every strategy with a higher mean than the benchmark (Romano and Wolf 2005)."
+    from arch.bootstrap import StepM
     frame = labelled(ret)
-    test = StepM(_aligned(benchmark, frame), -frame, size=level, block_size=_blocks(frame, block), reps=reps, seed=seed)
+    L = _blocks(frame, block)
+    test = StepM(*_losses(frame, benchmark, L, seed), size=level, block_size=L, reps=reps, seed=seed)
     test.compute()
     return tuple(k for k in frame.columns if k in set(test.superior_models))
 
@@ -401,6 +408,7 @@ def mcs(ret: pd.DataFrame, # (T,K) net returns, K >= 2
         reps: int = 999, block: float | None = None, seed: int = 0,
        ) -> pd.DataFrame: # Columns p, included; one row per strategy
     "The strategies that cannot be told from the best (Hansen, Lunde and Nason 2011)."
+    from arch.bootstrap import MCS
     frame = labelled(ret)
     if frame.shape[1] < 2: raise DataError("a model confidence set needs at least two strategies.")
     test = MCS(-frame, size=level, block_size=_blocks(frame, block), reps=reps, seed=seed)
@@ -419,8 +427,14 @@ def _scores(x: Any) -> np.ndarray:
 
 def iqm(scores: Any, # (runs,) or (runs, tasks)
        ) -> float: # Mean of the middle half of all scores
-    "Interquartile mean: the lowest and the highest quarter are left out."
-    return float(trim_mean(_scores(scores), 0.25, axis=None))
+    "Interquartile mean: the lowest and the highest quarter, each rounded down to whole scores, are left out."
+    return float(_middle_mean(_scores(scores).ravel()))
+
+
+def _middle_mean(a: np.ndarray) -> np.ndarray:
+    "Mean of the middle half along the last axis."
+    cut = a.shape[-1] // 4
+    return np.sort(a, axis=-1)[..., cut:a.shape[-1] - cut].mean(axis=-1)
 
 
 def seed_interval(scores: Any, # (runs,) or (runs, tasks), runs = seeds
@@ -434,7 +448,7 @@ def seed_interval(scores: Any, # (runs,) or (runs, tasks), runs = seeds
     if runs < 2: raise DataError("one seed has no spread; run at least 5.")
     pick = np.random.default_rng(seed).integers(0, runs, (reps, runs, tasks))
     sample = np.take_along_axis(np.broadcast_to(a, (reps, runs, tasks)), pick, axis=1).reshape(reps, -1)
-    low, high = np.quantile(trim_mean(sample, 0.25, axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(_middle_mean(sample), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(iqm(a), float(low), float(high))
 
 
