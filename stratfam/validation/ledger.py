@@ -197,7 +197,7 @@ def _declare(self: Ledger, place: tuple[str, int, int], looks: int) -> None:
     "Announce looks, inside `_writing`."
     if looks < 1: raise ConfigError(f"{looks} looks declared, expected at least 1.")
     earlier = self._rows("look", place)
-    if earlier: raise ConfigError(f"{len(earlier)} looks on this data were already asked, so they can no longer be declared; each further one gets less.")
+    if earlier: raise ConfigError(f"{len(earlier)} looks on this data were already asked, too late to declare; each further one gets less.")
     self._append("declare", place, {"declared": int(looks)})
 
 
@@ -304,7 +304,7 @@ class Family(NamedTuple):
     def explain(self) -> str:
         "Where N comes from, in words."
         outcomes = lambda g: ", ".join(f"{n} {o}" for o, n in g["outcome"].value_counts().items())
-        by = self.trials.groupby(self.trials["study"].map(lambda k: k or ""), sort=False)
+        by = self.trials.groupby("study", sort=False)
         parts = [f"{len(g)} from {f'study {k!r}' if k else 'runs by hand'} ({outcomes(g)})" for k, g in by]
         lost = self.counted - int((~self.trials["series"]).sum()) if len(self.trials) else self.counted
         parts += [f"{lost} lost in a damaged file"] if lost else []
@@ -328,17 +328,20 @@ def _columns(units: Mapping[str, Mapping[str, Any]], place: tuple[str, int, int]
     found = {}
     for k, r in units.items():
         if r["ret"] is None or r["fold"] is not None: continue
-        s = pd.Series(np.frombuffer(r["ret"], "<f8"), index=np.frombuffer(r["days"], "<i4"))
-        found[k] = s[(s.index >= first) & (s.index < last)]
+        d = np.frombuffer(r["days"], "<i4")
+        inside = (d >= first) & (d < last)
+        if inside.any(): found[k] = d[inside], np.frombuffer(r["ret"], "<f8")[inside]
+    present = lambda: np.unique(np.concatenate([d for d, _ in found.values()] or [np.empty(0, "i4")]), return_counts=True)
     if wanted is None:
-        everything = pd.Index(sorted(set().union(*(s.index for s in found.values()))))
-        found = {k: s for k, s in found.items() if len(s) and len(s) >= coverage * len(everything)}
-        rows = everything[[all(d in s.index for s in found.values()) for d in everything]] if found else everything
+        everything = len(present()[0])
+        found = {k: v for k, v in found.items() if len(v[0]) >= coverage * everything}
+        day, times = present()
+        rows = day[times == len(found)]
     else:
-        rows = pd.Index(wanted.to_numpy().astype("datetime64[D]").astype("i4"))
-        found = {k: s for k, s in found.items() if rows.isin(s.index).all()}
-    frame = pd.DataFrame({k: s.reindex(rows).to_numpy() for k, s in found.items()})
-    frame.index = pd.DatetimeIndex(np.asarray(rows, "i4").astype("datetime64[D]").astype("datetime64[ns]") if found else [], name="day")
+        rows = wanted.to_numpy().astype("datetime64[D]").astype("i4")
+        found = {k: v for k, v in found.items() if np.isin(rows, v[0]).all()}
+    frame = pd.DataFrame({k: r[np.searchsorted(d, rows)] for k, (d, r) in found.items()})
+    frame.index = pd.DatetimeIndex((rows if found else rows[:0]).astype("datetime64[D]").astype("datetime64[ns]"), name="day")
     return frame
 
 
@@ -354,7 +357,7 @@ def _family(self: Ledger, symbols: Sequence[str],
     frame = _columns(units, place, days, coverage)
     lost = sum(r["lost"] for r in self._rows("salvage"))
     told = ("study", "outcome", "config", "step", "seed", "code", "sharpe", "symbols", "time")
-    table = pd.DataFrame([{k: r[k] for k in told} | {"series": u in frame} for u, r in units.items()], index=list(units), columns=[*told, "series"])
+    table = pd.DataFrame([{k: r[k] for k in told} | {"study": r["study"] or "", "series": u in frame} for u, r in units.items()], index=list(units), columns=[*told, "series"])
     changes = {k: int(units[k]["changes"] or 0) for k in frame}
     return Family(frame, len(units) - frame.shape[1] + lost, len(self._rows("look", place)), changes, table)
 
