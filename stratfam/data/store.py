@@ -6,9 +6,9 @@
 __all__ = ['STORE', 'FORMATS', 'SYMBOL', 'BAR_NAME', 'OTHER_NAME', 'TIME_NAMES', 'LABELS', 'EPOCHS', 'FIRST_SECOND',
            'LAST_SECOND', 'OFFSET', 'FIELDS', 'MINUTE', 'EIGHT_HOURS', 'MONDAY', 'WEEK', 'OUTLIER_Z', 'REVERT',
            'STALE_QUIET', 'STALE_LONG', 'symbol_name', 'bar_path', 'funding_path', 'read_raw', 'value_faults',
-           'read_file', 'drop_faults', 'align', 'spread_funding', 'with_funding', 'BarFile', 'scan', 'read_funding',
-           'load_bars', 'write_symbol', 'write_funding', 'save_bars', 'inventory', 'resample', 'robust_z', 'quality',
-           'quality_report', 'quality_of']
+           'read_file', 'file_note', 'drop_faults', 'align', 'spread_funding', 'with_funding', 'BarFile', 'scan',
+           'utc_time', 'read_funding', 'load_bars', 'write_symbol', 'write_funding', 'save_bars', 'inventory',
+           'resample', 'robust_z', 'quality', 'quality_report', 'quality_of']
 
 # %% ../../nbs/data/00_store.ipynb #12e2d677
 import json
@@ -309,6 +309,12 @@ def read_file(path: str | Path, # parquet, feather, csv or csv.gz
     _check_values(frame, _place(path))
     return frame
 
+# %% ../../nbs/data/00_store.ipynb #12d558fc
+def file_note(path: str | Path, # A file this house wrote
+             ) -> dict: # symbol, step, market, digest and whatever the writer added; {} for other people's files
+    "What a file says about itself."
+    return _read_table(Path(path))[1]
+
 # %% ../../nbs/data/00_store.ipynb #36811ea8
 def drop_faults(raw: pd.DataFrame, # One symbol, as `read_raw` returns it
                 step: Any, # Bar length
@@ -482,8 +488,9 @@ def _choose(files: list[BarFile], symbols: Sequence[str] | None, step: Any, mark
     return chosen
 
 # %% ../../nbs/data/00_store.ipynb #e093bab0
-def _utc(t: Any) -> pd.Timestamp | None:
-    "A user's time as UTC; None stays None."
+def utc_time(t: Any, # "2023-01-31", "2023-01-31 13:00+01:00", a Timestamp, or None
+            ) -> pd.Timestamp | None:
+    "A user's time in UTC; a time without a zone is UTC, None stays None."
     if t is None: return None
     try: t = pd.Timestamp(t)
     except ValueError as e: raise ConfigError(f"{t!r} is not a time: write it as '2023-01-31' or '2023-01-31 13:00'.") from e
@@ -528,7 +535,7 @@ def load_bars(folder: str | Path = STORE, # A folder of bar files, or one such f
              ) -> Bars:
     "The bars of a folder, aligned by time."
     known("market", market, ("spot", "perp")); known("faults", faults, ("raise", "drop"))
-    folder, files, start, end = Path(folder), scan(folder), _utc(start), _utc(end)
+    folder, files, start, end = Path(folder), scan(folder), utc_time(start), utc_time(end)
     if start is not None and end is not None and start >= end: raise ConfigError(f"start {start} does not lie before end {end}.")
     frames, funding = {}, {}
     for f in (chosen := _choose(files, symbols, step, market, folder)):
