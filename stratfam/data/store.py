@@ -78,37 +78,41 @@ def _contents(frame: pd.DataFrame) -> str:
     return digest(list(frame.columns), *(frame[c].to_numpy() for c in frame.columns))
 
 
+def _seal(frame: pd.DataFrame, meta: Mapping[str, Any]) -> str:
+    "Digest of a file: its contents and what it says about itself."
+    return digest(_contents(frame), json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True))
+
+
 def _write_table(frame: pd.DataFrame, path: Path, meta: Mapping[str, Any]) -> Path:
     "Write `frame` as parquet with `meta` and the digest of its contents; whole or not at all."
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    note = json.dumps({**meta, "digest": _contents(frame)}).encode()
+    note = json.dumps({**meta, "digest": _seal(frame, meta)}).encode()
     with atomic_path(path) as tmp:
-        pq.write_table(table.replace_schema_metadata({b"stratfam": note}), tmp, compression="zstd")
+        pq.write_table(table.replace_schema_metadata({b"stratfam": note}), tmp, compression="zstd", store_schema=False)
     return path
 
 # %% ../../nbs/data/00_store.ipynb #c856f17f
-def _load_table(path: Path) -> tuple[pd.DataFrame, bytes | None]:
-    "The table in `path` and our note in its metadata, if any; raises whatever the format's library raises."
+def _load_table(path: Path) -> tuple[pd.DataFrame, dict]:
+    "The table in `path` and our note in its metadata ({} for other people's files); raises whatever the format's library raises."
     if path.name.endswith((".csv", ".csv.gz")):
         frame = pd.read_csv(path, skip_blank_lines=False, low_memory=False)
         filled = np.flatnonzero(frame.notna().any(axis=1))
-        return frame.iloc[: filled[-1] + 1 if len(filled) else 0], None
+        return frame.iloc[: filled[-1] + 1 if len(filled) else 0], {}
     table = feather.read_table(path) if path.suffix == ".feather" else pq.ParquetFile(path).read()
-    return table.to_pandas(), (table.schema.metadata or {}).get(b"stratfam")
+    return table.to_pandas(), json.loads((table.schema.metadata or {}).get(b"stratfam", b"{}"))
 
 
 def _read_table(path: Path) -> tuple[pd.DataFrame, dict]:
-    "The table in `path` and our metadata ({} for other people's files), refused when it is empty, cut short or altered."
+    "The table in `path` and our note, refused when it is empty, cut short or altered."
     if not path.is_file(): raise DataError(f"{path}: no such file. Check the path, or download with `stratfam data download`.")
     if path.stat().st_size == 0: raise DataError(f"{path} is empty (0 bytes). Remove it and download it again.")
     try:
-        frame, note = _load_table(path)
+        frame, meta = _load_table(path)
     except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error) as e:
         why = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
         raise DataError(f"{path} cannot be read ({why}): it is damaged, cut short or another format. Remove it and download it again.") from e
     if frame.empty: raise DataError(f"{path} is empty: it has a header but no row. Remove it and download it again.")
-    meta = json.loads(note) if note else {}
-    if meta and meta["digest"] != _contents(frame):
+    if meta and meta.get("digest") != _seal(frame, meta):
         raise DataError(f"{path} does not match its recorded digest: it was damaged or edited. Remove it and download it again.")
     return frame, meta
 
@@ -278,14 +282,14 @@ def _check_times(time: pd.DatetimeIndex, step: np.timedelta64, at: Callable[[int
         if mask.any():
             i = int(np.argmax(mask)) + 1
             raise DataError(f"{at(i)}: timestamp {say(i)} {what}.")
-    if len(d) and (d.min() < s or (d.min() > s and len(d) >= 3)):
-        i = int(np.argmin(d)) + 1
-        raise DataError(f"{at(i)}: wrong bar length: bars are {step_name(np.timedelta64(int(d.min()), 'ns'))} apart, expected {step_name(step)}. "
-                        "Rename the file or pass the step it really has.")
     off = (t - t[0]) % s != 0
-    if off.any():
+    usual = int(pd.Series(d).mode().iloc[0]) if len(d) else s
+    if off.any() and usual == s:
         i = int(np.argmax(off))
         raise DataError(f"{at(i)}: timestamp {say(i)} lies off the {step_name(step)} grid that starts at {say(0)}. Correct or remove the row.")
+    if off.any() or (len(d) >= 3 and d.min() > s):
+        raise DataError(f"{at(int(np.argmax(d == usual)) + 1)}: wrong bar length: bars are {step_name(np.timedelta64(usual, 'ns'))} apart, "
+                        f"expected {step_name(step)}. Rename the file or pass the step it really has.")
 
 # %% ../../nbs/data/00_store.ipynb #30b7e82f
 def _named_step(path: Path, meta: Mapping[str, Any], step: Any) -> np.timedelta64 | None:
@@ -499,7 +503,7 @@ def utc_time(t: Any, # "2023-01-31", "2023-01-31 13:00+01:00", a Timestamp, or N
 
 def _read_symbol(f: BarFile, faults: str) -> pd.DataFrame:
     "The bars of one chosen series."
-    if faults == "raise": return read_file(f.path, f.column, f.step)
+    if faults == "raise": return read_file(f.path, f.column or f.symbol, f.step)
     frame, bad = drop_faults(read_raw(f.path, f.column), f.step)
     if len(bad):
         time, field, fault = bad.iloc[0]
