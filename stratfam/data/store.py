@@ -88,7 +88,7 @@ def _write_table(frame: pd.DataFrame, path: Path, meta: Mapping[str, Any]) -> Pa
     table = pa.Table.from_pandas(frame, preserve_index=False)
     note = json.dumps({**meta, "digest": _seal(frame, meta)}).encode()
     with atomic_path(path) as tmp:
-        pq.write_table(table.replace_schema_metadata({b"stratfam": note}), tmp, compression="zstd", store_schema=False)
+        pq.write_table(table.replace_schema_metadata({b"stratfam": note}), tmp, compression="zstd")
     return path
 
 # %% ../../nbs/data/00_store.ipynb #c856f17f
