@@ -71,6 +71,7 @@ class _Line:
     ex: Any # ccxt exchange
     market: str
     env: Env
+    refill: bool = False # Ask again for gaps
     retries: int = 0
 
 
@@ -107,7 +108,7 @@ def _call(line: _Line, # The connection
     retry = Retrying(retry=retry_if_exception(_transient), stop=enough, wait=lambda s: _wait(line, s), sleep=line.env.clock.sleep, reraise=True)
     name = line.ex.id
     try:
-        return retry(method, *args)
+        return retry(_read, line.ex, method, *args)
     except ccxt.BaseError as e:
         host = _no_answer(e)
         if host: raise OfflineError(f"{name} cannot be reached: no answer from {host}. Check the network or the proxy; without one, "
@@ -116,6 +117,15 @@ def _call(line: _Line, # The connection
         raise DataError(f"{name} did not accept the request: {_short(e)}. Check symbol, bar length and market.") from e
     except (TypeError, KeyError, ValueError, AttributeError, IndexError) as e:
         raise DataError(f"{name} sent an answer that cannot be read ({type(e).__name__}: {_short(e)}). Try again later.") from e
+
+
+def _read(ex: Any, method: Callable, *args: Any) -> Any:
+    "One read; a page of HTML in place of an answer counts as busy, where ccxt would see an answer without rows."
+    import ccxt
+    ex.enableLastJsonResponse, ex.last_json_response = True, "nothing asked"
+    out = method(*args)
+    if ex.last_json_response is None: raise ccxt.ExchangeNotAvailable(f"{ex.id} sent no JSON but {str(ex.last_http_response)[:40]!r}")
+    return out
 
 
 def _short(e: BaseException) -> str:
@@ -224,6 +234,11 @@ def _merge(old: Any, new: Any) -> Any:
     both = pd.concat([old, new])
     return both[~both.index.duplicated(keep="last")].sort_index()
 
+def _without_gaps(covered: list[Span], gaps: pd.DataFrame, width: int) -> list[Span]:
+    "What is settled if the gaps are not."
+    holes = [(a.value // 1_000_000, b.value // 1_000_000 + width) for a, b in zip(gaps["start"], gaps["end"])]
+    return [part for a, b in covered for part in missing_spans(holes, a, b)]
+
 # %% ../../nbs/data/01_download.ipynb #94986073
 @dataclass
 class _Series:
@@ -307,6 +322,7 @@ def _bar_series(line: _Line, symbol: str, step: np.timedelta64, folder: Path, li
     width, name = int(step // np.timedelta64(1, "ms")), find_market(line.ex, symbol, line.market)
     ask, jump = _ask_bars(line, name, find_timeframe(line.ex, step), width, live)
     data, covered = _stored(bar_path(folder, symbol, step, line.market), read_file, line.ex.id)
+    if line.refill and data is not None: covered = _without_gaps(covered, find_gaps(data.index, step), width)
     write = lambda frame, spans: write_symbol(frame, folder, symbol, step, line.market, exchange=line.ex.id, covered=spans)
     return _Series(ask, width, jump, live // width * width, lambda rows: _bars_of(rows, step, faults), write, data, covered)
 
@@ -356,9 +372,10 @@ def download(exchange: Any, # A ccxt id, or a ccxt exchange of your own
              market: str = "spot", # "spot", or "perp" (linear) with its funding rates
              env: Env | None = None, # Clock and jitter
              progress: Callable[[str, int, int], None] | None = None, # Called with (symbol, done, total), both in ms of the span
+            refill: bool = False, # Ask again for the gaps that earlier runs left
             ) -> DownloadReport:
     "Bring the store up to date: fetch what is missing of the span, public data alone, and say what is not to be had."
-    line = _Line(connect(exchange, market) if isinstance(exchange, str) else exchange, known("market", market, MARKETS), env or Env())
+    line = _Line(connect(exchange, market) if isinstance(exchange, str) else exchange, known("market", market, MARKETS), env or Env(), refill)
     step, folder, names = as_step(step), Path(folder), list(dict.fromkeys(symbol_name(s) for s in symbols))
     if not names: raise ConfigError("no symbol to download: name at least one, such as BTCUSDT.")
     find_timeframe(line.ex, step)
