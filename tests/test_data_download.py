@@ -93,6 +93,7 @@ def handler(exchange):
                 self.send_response(200); self.send_header("Content-Length", "5000"); self.end_headers()
                 self.wfile.write(b'[[17000'); return self.connection.close()
             if fault == "html": return self.send(200, b"<html>one moment please</html>", {"Content-Type": "text/html"})
+            if fault == "shape": return self.send(200, b'{"surprise": 1}')
             self.send(200, json.dumps(exchange.answer(url.path, q)).encode())
     return Handler
 
@@ -101,7 +102,7 @@ def handler(exchange):
 def exchange():
     e = Exchange()
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(e))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     e.url = f"http://127.0.0.1:{server.server_port}"
     yield e
     server.shutdown()
@@ -181,7 +182,7 @@ def test_an_answer_that_is_no_answer(exchange, env, tmp_path):
 
 
 def test_an_answer_of_another_shape(exchange, env, tmp_path):
-    exchange.broken = {60: "not a candle"}
+    exchange.faults = {1: "shape"}
     with pytest.raises(DataError, match="answer that cannot be read") as e: get(exchange, env, tmp_path)
     assert "\n" not in str(e.value) and len(load_bars(tmp_path)) == 50
 
@@ -236,8 +237,8 @@ def test_impossible_rows_are_left_out_and_counted(exchange, env, tmp_path):
 
 
 @pytest.mark.parametrize("change, text", [
-    ({"symbols": ["ETHUSDT", "MATCIUSDT"]}, "Did you mean 'MATICUSDT'"), ({"step": "7m"}, "bar length '7m'"), ({"market": "futures"}, "Unknown market"),
-    ({"symbols": []}, "no symbol"), ({"start": "2030-01-01"}, "no finished 1h bar"), ({"exchange": "binanze"}, "Did you mean 'binance'")])
+    ({"symbols": ["ETHUSDT", "MATCIUSDT"]}, "Did you mean 'MATICUSDT'"), ({"step": "7m"}, "bar length '7m'"),
+    ({"market": "futures"}, "Unknown market"), ({"symbols": []}, "no symbol"), ({"start": "2030-01-01"}, "no finished 1h bar"), ({"exchange": "binanze"}, "Did you mean 'binance'")])
 def test_names_are_refused_before_anything_is_fetched(exchange, env, tmp_path, change, text):
     good = {"exchange": line(exchange), "symbols": ["BTCUSDT"], "step": "1h", "start": "2023-11-15", "folder": tmp_path, "env": env}
     with pytest.raises(ConfigError, match=text): download(**good | change)
