@@ -238,7 +238,8 @@ def test_impossible_rows_are_left_out_and_counted(exchange, env, tmp_path):
 
 @pytest.mark.parametrize("change, text", [
     ({"symbols": ["ETHUSDT", "MATCIUSDT"]}, "Did you mean 'MATICUSDT'"), ({"step": "7m"}, "bar length '7m'"),
-    ({"market": "futures"}, "Unknown market"), ({"symbols": []}, "no symbol"), ({"start": "2030-01-01"}, "no finished 1h bar"), ({"exchange": "binanze"}, "Did you mean 'binance'")])
+    ({"market": "futures"}, "Unknown market"), ({"symbols": []}, "no symbol"),
+    ({"start": "2030-01-01"}, "no finished 1h bar"), ({"exchange": "binanze"}, "Did you mean 'binance'")])
 def test_names_are_refused_before_anything_is_fetched(exchange, env, tmp_path, change, text):
     good = {"exchange": line(exchange), "symbols": ["BTCUSDT"], "step": "1h", "start": "2023-11-15", "folder": tmp_path, "env": env}
     with pytest.raises(ConfigError, match=text): download(**good | change)

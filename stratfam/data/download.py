@@ -42,6 +42,7 @@ class OfflineError(DataError):
 
 MARKETS = ("spot", "perp")
 
+# %% ../../nbs/data/01_download.ipynb #9bf60a61
 def _options(exchange: str, market: str) -> dict[str, Any]:
     "ccxt options of this exchange and market."
     kind = {"defaultType": "spot" if market == "spot" else "swap"}
@@ -80,7 +81,7 @@ def _transient(e: BaseException) -> bool:
     import ccxt
     return isinstance(e, ccxt.NetworkError) and not FOR_EVER.search(str(e))
 
-
+# %% ../../nbs/data/01_download.ipynb #3a669552
 def _wait(line: _Line, state: RetryCallState) -> float:
     "Seconds before the next attempt: 1, 2, 4 ... 30 with jitter, or as long as the exchange asks."
     line.retries += 1
@@ -88,7 +89,7 @@ def _wait(line: _Line, state: RetryCallState) -> float:
     told = float(told) if re.fullmatch(r"\d+(\.\d+)?", told) and _no_answer(state.outcome.exception()) is None else 0.0
     return min(LONGEST_WAIT, max(told, min(30.0, 2.0 ** (state.attempt_number - 1)) * line.env.rng.uniform(0.75, 1.25)))
 
-
+# %% ../../nbs/data/01_download.ipynb #306ccb4b
 def _no_answer(e: BaseException) -> str | None:
     "The host that gave no answer at all, or None when it did answer."
     import requests
@@ -96,7 +97,7 @@ def _no_answer(e: BaseException) -> str | None:
     host = re.search(r"https?://([^/\s]+)", str(e))
     return (host[1] if host else "the exchange") if silent else None
 
-# %% ../../nbs/data/01_download.ipynb #3a669552
+# %% ../../nbs/data/01_download.ipynb #163beb1f
 def _call(line: _Line, # The connection
           method: Callable, # A public ccxt method
           *args: Any,
@@ -118,7 +119,7 @@ def _call(line: _Line, # The connection
     except (TypeError, KeyError, ValueError, AttributeError, IndexError) as e:
         raise DataError(f"{name} sent an answer that cannot be read ({type(e).__name__}: {_short(e)}). Try again later.") from e
 
-
+# %% ../../nbs/data/01_download.ipynb #2f7999b1
 def _read(ex: Any, method: Callable, *args: Any) -> Any:
     "One read; a page of HTML in place of an answer counts as busy, where ccxt would see an answer without rows."
     import ccxt
@@ -143,7 +144,7 @@ def find_market(ex: Any, # A ccxt exchange with loaded markets
     if not names: raise DataError(f"{ex.id} lists no {market} markets. Choose another market or exchange.")
     return names[known(f"{ex.id} {market} symbol", symbol_name(symbol), sorted(names))]
 
-
+# %% ../../nbs/data/01_download.ipynb #a44a7735
 def find_timeframe(ex: Any, step: np.timedelta64) -> str:
     "The exchange's name of a bar length."
     offered = {step_name(as_step(t)): t for t in ex.timeframes or {} if not t.endswith("M")}
@@ -160,7 +161,7 @@ def add_span(covered: Sequence[Span], new: Span) -> list[Span]:
         elif a < b: out.append((a, b))
     return out
 
-
+# %% ../../nbs/data/01_download.ipynb #cc9f1113
 def missing_spans(covered: Sequence[Span], start: int, stop: int) -> list[Span]:
     "What of [start, stop) is not covered."
     out, at = [], start
@@ -191,7 +192,7 @@ def _page_size(ex: Any, symbol: str) -> int:
     "Bars in one page."
     return int(ex.feature_value(symbol, "fetchOHLCV", "limit", 500) or 500)
 
-
+# %% ../../nbs/data/01_download.ipynb #196e4a7e
 def _ask_bars(line: _Line, symbol: str, timeframe: str, width: int, live: int) -> tuple[Callable[[int], list], int]:
     "A function that asks for bars from a time on, and how far one answer reaches in ms."
     ex = line.ex
@@ -201,7 +202,7 @@ def _ask_bars(line: _Line, symbol: str, timeframe: str, width: int, live: int) -
     else: n, params = _page_size(ex, symbol), lambda since: {}
     return lambda since: _call(line, ex.fetch_ohlcv, symbol, timeframe, since, n, params(since)), n * width
 
-
+# %% ../../nbs/data/01_download.ipynb #cbc97253
 def _ask_funding(line: _Line, symbol: str) -> tuple[Callable[[int], list], int]:
     "The same for funding rates."
     fetch = lambda since: _call(line, line.ex.fetch_funding_rate_history, symbol, since, FUNDING_PAGE)
@@ -220,7 +221,7 @@ def _stored(path: Path, read: Callable[[Path], Any], exchange: str) -> tuple[Any
         raise DataError(f"{path} {whose}, expected {exchange}. Choose another folder, or move the file away.")
     return read(path), [tuple(s) for s in note["covered"]]
 
-
+# %% ../../nbs/data/01_download.ipynb #a183415b
 def _settled(span: Span, rows: list, width: int, live: int) -> Span:
     "The span that need not be asked for again; near the live edge only up to the last row."
     a, b = span
@@ -234,6 +235,7 @@ def _merge(old: Any, new: Any) -> Any:
     both = pd.concat([old, new])
     return both[~both.index.duplicated(keep="last")].sort_index()
 
+# %% ../../nbs/data/01_download.ipynb #b30e97f6
 def _without_gaps(covered: list[Span], gaps: pd.DataFrame, width: int) -> list[Span]:
     "What is settled if the gaps are not."
     holes = [(a.value // 1_000_000, b.value // 1_000_000 + width) for a, b in zip(gaps["start"], gaps["end"])]
@@ -291,7 +293,7 @@ class DownloadReport:
         else: lines.append("No gaps.")
         return "\n".join(lines)
 
-
+# %% ../../nbs/data/01_download.ipynb #59fa25e9
 def find_gaps(time: pd.DatetimeIndex, # Bar open times, increasing
               step: Any, # Bar length
              ) -> pd.DataFrame: # start, end, bars of each gap
@@ -309,14 +311,14 @@ def _bars_of(rows: list, step: np.timedelta64, faults: list) -> pd.DataFrame:
     faults += [*bad.itertuples(index=False)]
     return frame
 
-
+# %% ../../nbs/data/01_download.ipynb #c7d4679b
 def _funding_of(rows: list) -> pd.Series:
     "Rows of (ms, rate) as a series, without the ones that have no rate."
     rows = [(t, float(r)) for t, r in rows if r is not None]
     index = pd.DatetimeIndex(np.array([t for t, _ in rows], "i8") * 1_000_000, tz="UTC", name="time").as_unit("ns")
     return pd.Series(np.array([r for _, r in rows], "f8"), index=index, name="rate")
 
-
+# %% ../../nbs/data/01_download.ipynb #ba158cca
 def _bar_series(line: _Line, symbol: str, step: np.timedelta64, folder: Path, live: int, faults: list) -> _Series:
     "The bars of one symbol."
     width, name = int(step // np.timedelta64(1, "ms")), find_market(line.ex, symbol, line.market)
@@ -326,7 +328,7 @@ def _bar_series(line: _Line, symbol: str, step: np.timedelta64, folder: Path, li
     write = lambda frame, spans: write_symbol(frame, folder, symbol, step, line.market, exchange=line.ex.id, covered=spans)
     return _Series(ask, width, jump, live // width * width, lambda rows: _bars_of(rows, step, faults), write, data, covered)
 
-
+# %% ../../nbs/data/01_download.ipynb #6719fea7
 def _funding_series(line: _Line, symbol: str, folder: Path, live: int) -> _Series:
     "The funding rates of one perpetual."
     ask, jump = _ask_funding(line, find_market(line.ex, symbol, "perp"))
@@ -362,7 +364,7 @@ def _now_ms(line: _Line) -> int:
     "The exchange's time; ours where it has no clock."
     return int(_call(line, line.ex.fetch_time)) if line.ex.has.get("fetchTime") else line.env.clock.now_ns() // 1_000_000
 
-
+# %% ../../nbs/data/01_download.ipynb #dc05cc99
 def download(exchange: Any, # A ccxt id, or a ccxt exchange of your own
              symbols: Sequence[str], # In any spelling
              step: Any, # Bar length, e.g. "1h"
@@ -414,6 +416,7 @@ PRESETS = {
     "contest-1h": Preset("weex", MAJORS, "1h", "2025-01-01", None, "perp", "the perpetuals of WEEX's contest, with funding"),
 }
 
+# %% ../../nbs/data/01_download.ipynb #872b32b5
 def download_preset(name: str, # A key of `PRESETS`
                     folder: str | Path = STORE,
                     env: Env | None = None,

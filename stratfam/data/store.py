@@ -82,7 +82,7 @@ def _seal(frame: pd.DataFrame, meta: Mapping[str, Any]) -> str:
     "Digest of a file: its contents and what it says about itself."
     return digest(_contents(frame), json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True))
 
-
+# %% ../../nbs/data/00_store.ipynb #49eb2710
 def _write_table(frame: pd.DataFrame, path: Path, meta: Mapping[str, Any]) -> Path:
     "Write `frame` as parquet with `meta` and the digest of its contents; whole or not at all."
     table = pa.Table.from_pandas(frame, preserve_index=False)
@@ -101,7 +101,7 @@ def _load_table(path: Path) -> tuple[pd.DataFrame, dict]:
     table = feather.read_table(path) if path.suffix == ".feather" else pq.ParquetFile(path).read()
     return table.to_pandas(), json.loads((table.schema.metadata or {}).get(b"stratfam", b"{}"))
 
-
+# %% ../../nbs/data/00_store.ipynb #9c2e3c6a
 def _read_table(path: Path) -> tuple[pd.DataFrame, dict]:
     "The table in `path` and our note, refused when it is empty, cut short or altered."
     if not path.is_file(): raise DataError(f"{path}: no such file. Check the path, or download with `stratfam data download`.")
@@ -124,7 +124,7 @@ def _place(path: Path) -> Callable[[int], str]:
     "How messages name row i of `path`."
     return lambda i: f"{path}, line {i + 2}" if ".csv" in path.name else f"{path}, row {i}"
 
-
+# %% ../../nbs/data/00_store.ipynb #8ea902a6
 def _plain_columns(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, str]:
     "The frame with lower-case names, and the name of its time column."
     if isinstance(frame.index, pd.DatetimeIndex): frame = frame.rename_axis(frame.index.name or "timestamp").reset_index()
@@ -175,7 +175,7 @@ def _text_ns(col: pd.Series, at: Callable[[int], str]) -> np.ndarray:
                         "Correct or remove the row.")
     return t.dt.as_unit("ns").astype("i8").to_numpy()
 
-
+# %% ../../nbs/data/00_store.ipynb #cc4fe26f
 def _times(col: pd.Series, at: Callable[[int], str]) -> pd.DatetimeIndex:
     "A file's time column as UTC."
     if pd.api.types.is_datetime64_any_dtype(col):
@@ -215,7 +215,7 @@ def _column_of(symbol: str | None, wide: Sequence[str], path: Path) -> str:
     if symbol is None and len(wide) > 1: raise ConfigError(f"{path} holds {len(wide)} symbols ({', '.join(names)}): say which with symbol=.")
     return names[known("symbol", symbol_name(symbol) if symbol else next(iter(names)), list(names))].lower()
 
-# %% ../../nbs/data/00_store.ipynb #ea7ef266
+# %% ../../nbs/data/00_store.ipynb #4a72a5e4
 def _frame_of(frame: pd.DataFrame, path: Path, symbol: str | None) -> pd.DataFrame:
     "One symbol of a table: index time (UTC), columns open high low close volume, or close alone."
     at, wide = _place(path), _wide_symbols(frame.columns)
@@ -230,7 +230,7 @@ def _frame_of(frame: pd.DataFrame, path: Path, symbol: str | None) -> pd.DataFra
     index = _times(frame[time], at)
     return pd.DataFrame({f: _numbers(frame[c], f if f == c else symbol_name(c), at) for f, c in data.items()}, index=index)
 
-
+# %% ../../nbs/data/00_store.ipynb #0ee9bdeb
 def read_raw(path: str | Path, # parquet, feather, csv or csv.gz
              symbol: str | None = None, # Needed for a wide table only
             ) -> pd.DataFrame: # index time (UTC, in file order), columns open high low close volume, or close alone
@@ -272,7 +272,7 @@ def _common_step(time: pd.DatetimeIndex, path: Path) -> np.timedelta64:
     values, counts = np.unique(d, return_counts=True)
     return np.timedelta64(int(values[np.argmax(counts)]), "ns")
 
-
+# %% ../../nbs/data/00_store.ipynb #01380ccd
 def _check_times(time: pd.DatetimeIndex, step: np.timedelta64, at: Callable[[int], str]) -> None:
     "Raise unless times increase on a grid of `step`."
     t, s = time.asi8, int(step.astype("i8"))
@@ -298,7 +298,7 @@ def _named_step(path: Path, meta: Mapping[str, Any], step: Any) -> np.timedelta6
     told = step or meta.get("step") or (m["step"] if m else None)
     return None if told is None else as_step(told)
 
-
+# %% ../../nbs/data/00_store.ipynb #854c4b91
 def read_file(path: str | Path, # parquet, feather, csv or csv.gz
               symbol: str | None = None, # Which column of a wide table; None for a file of one symbol
               step: Any = None, # Bar length; None takes it from the name, else from the commonest spacing
@@ -356,7 +356,7 @@ def _grid(frames: Mapping[str, pd.DataFrame], step: np.timedelta64) -> np.ndarra
     start, stop = min(f.index.asi8[0] for f in frames.values()), max(f.index.asi8[-1] for f in frames.values())
     return start + s * np.arange((stop - start) // s + 1) # Not arange(start, stop + 1, s): its length is computed in floating point
 
-
+# %% ../../nbs/data/00_store.ipynb #e3ff8495
 def align(frames: Mapping[str, pd.DataFrame], # symbol -> frame with a UTC index and open high low close volume, or close alone
           step: Any, # Bar length, e.g. "1h"
           market: str = "spot", # "spot" or "perp"
@@ -386,7 +386,7 @@ def _interval(t: np.ndarray) -> int:
     values, counts = np.unique(np.diff(t), return_counts=True)
     return int(values[counts >= max(counts.max() if len(t) < 100 else 1, 0.02 * counts.sum())].max())
 
-
+# %% ../../nbs/data/00_store.ipynb #f73deb4a
 def spread_funding(events: pd.Series, # rate by payment time, UTC index
                    end: np.ndarray, # (T,) datetime64[ns], when each bar ends
                    step: np.timedelta64, # Bar length
@@ -434,7 +434,7 @@ def _header(path: Path) -> tuple[list[str], dict]:
     except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error):
         return [], {}
 
-
+# %% ../../nbs/data/00_store.ipynb #c539d07d
 def _entries(path: Path) -> list[BarFile]:
     "The series in one file; none when it holds no bars."
     stem = _stem(path)
@@ -452,7 +452,7 @@ def _entries(path: Path) -> list[BarFile]:
     names = wide or [meta.get("symbol") or (m["symbol"] if m else stem)]
     return [BarFile(path, symbol_name(n), step, market, n if wide else None) for n in names]
 
-
+# %% ../../nbs/data/00_store.ipynb #2883f49a
 def scan(folder: str | Path, # A folder of bar files, or one such file
         ) -> list[BarFile]: # In the order of the file names
     "The series a folder offers, of every bar length and market."
@@ -472,7 +472,7 @@ def _choose_step(bars: list[BarFile], step: Any, folder: Path) -> np.timedelta64
         raise ConfigError(f"{folder} holds bars of {listed}, none of {step_name(as_step(step))}. Load shorter ones and resample them, or download.")
     return steps[0] if step is None else as_step(step)
 
-
+# %% ../../nbs/data/00_store.ipynb #4b3ccb9d
 def _choose(files: list[BarFile], symbols: Sequence[str] | None, step: Any, market: str, folder: Path) -> list[BarFile]:
     "The series to load, in the order asked for."
     bars = [f for f in files if f.step is not None]
@@ -511,7 +511,7 @@ def _read_symbol(f: BarFile, faults: str) -> pd.DataFrame:
                       StratfamWarning, stacklevel=3)
     return frame
 
-
+# %% ../../nbs/data/00_store.ipynb #1454b677
 def read_funding(path: str | Path, # columns time and rate; or a freqtrade funding_rate file
                 ) -> pd.Series: # rate by payment time (UTC)
     "A perpetual's funding rates."
@@ -560,7 +560,7 @@ def _as_table(frame: pd.DataFrame) -> pd.DataFrame:
     table.insert(0, "timestamp", frame.index.as_unit("ns").asi8 // 1_000_000)
     return table
 
-
+# %% ../../nbs/data/00_store.ipynb #25bf9fbc
 def write_symbol(frame: pd.DataFrame, # One symbol: UTC index, columns open high low close volume, or close alone
                  folder: str | Path, symbol: str,
                  step: Any, # Bar length
@@ -579,7 +579,7 @@ def write_funding(events: pd.Series, folder: str | Path, symbol: str, **note: An
     table = pd.DataFrame({"timestamp": events.index.as_unit("ns").asi8 // 1_000_000, "rate": events.to_numpy("f8")})
     return _write_table(table, funding_path(folder, symbol), {**note, "symbol": symbol_name(symbol)})
 
-
+# %% ../../nbs/data/00_store.ipynb #5cc344f5
 def save_bars(bars: Bars, # What to write
               folder: str | Path = STORE, # Where; existing files of the same series are replaced
               **note: Any, # e.g. exchange="binance"
@@ -622,7 +622,7 @@ def _blocks(bars: Bars, step: np.timedelta64) -> tuple[int, int, int]:
     first = int(edge[0])
     return first, (len(t) - first) // (S // s), S // s
 
-
+# %% ../../nbs/data/00_store.ipynb #68cc41f1
 def resample(bars: Bars, # Fine bars
              step: Any, # A whole multiple of their length
             ) -> Bars: # Complete coarse bars only
@@ -648,7 +648,7 @@ def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
     edge = np.diff(np.concatenate([[0], mask.astype(np.int8), [0]]))
     return list(zip(np.flatnonzero(edge == 1).tolist(), np.flatnonzero(edge == -1).tolist()))
 
-
+# %% ../../nbs/data/00_store.ipynb #f6b5fd84
 def robust_z(x: np.ndarray, # (T,) values; NaN is left out
             ) -> np.ndarray: # (T,) NaN where x is
     "Distance from the median in units of 1.4826 median absolute deviations (mean absolute ones where those are zero)."
@@ -693,7 +693,7 @@ def _symbol_quality(bars: Bars, n: int, raw: pd.DataFrame | None) -> dict[str, A
             "stale": int(in_stale.sum()), "stale_longest": max((j - i for i, j in stale), default=0),
             "zero_volume": float((volume[ok] == 0).mean()) if bars.ohl_known else np.nan}
 
-
+# %% ../../nbs/data/00_store.ipynb #a8b7dec9
 def quality(bars: Bars, # What would be traded
             raw: Mapping[str, pd.DataFrame] | None = None, # symbol -> the file as it was (`read_raw`), to count what loading refuses
            ) -> pd.DataFrame: # one row per symbol; duplicates and ohlc count rows of `raw`, the rest is measured on `bars`
@@ -719,7 +719,7 @@ def quality_report(bars: Bars, # What would be traded
     span = f"{len(bars.symbols)} symbols, {step_name(bars.step)} {bars.market}, {len(bars)} bars on the grid"
     return f"{span}\n{t.reset_index().to_string(index=False)}\n" + (f"Worth a look: {', '.join(found)}." if found else "Nothing to remark.")
 
-
+# %% ../../nbs/data/00_store.ipynb #0f1fc390
 def quality_of(folder: str | Path = STORE, # A folder of bar files, or one such file
                symbols: Sequence[str] | None = None, step: Any = None, market: str = "spot", # As for `load_bars`
               ) -> tuple[Bars, dict[str, pd.DataFrame]]: # The bars without the faulty rows, and the files as they were: both for `quality`
