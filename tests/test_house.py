@@ -16,14 +16,17 @@ HEAVY = {"torch": {"policies.sb3", "policies.tcn"}, "stable_baselines3": {"polic
 DEVELOPMENT = {"fastcore", "nbdev", "execnb", "ghapi", "pytest", "hypothesis", "jupytext"}
 
 
-def imports(tree):
-    "Every absolute module name a tree imports, at the top or inside a function; `from a import b` gives a and a.b."
-    for node in ast.walk(tree):
+def imports(module):
+    """Every module name that a module of ours imports, at the top or inside a function; `from a import b` gives a and a.b.
+    nbdev writes our own imports as relative ones; they are made absolute again."""
+    package = ["stratfam", *module.split(".")[:-1]]
+    for node in ast.walk(house.modules()[module]):
         if isinstance(node, ast.Import): yield from (a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative import; write `from stratfam...`"
-            yield node.module
-            yield from (f"{node.module}.{a.name}" for a in node.names)
+            above = package[:len(package) - node.level + 1] if node.level else []
+            name = ".".join([*above, *([node.module] if node.module else [])])
+            yield name
+            yield from (f"{name}.{a.name}" for a in node.names)
 
 
 def ladder_fault(module, target, number=house.number_of, exists=lambda m: m in house.modules()):
@@ -42,7 +45,7 @@ def test_every_room_has_a_level():
 
 @pytest.mark.parametrize("module", sorted(house.modules()))
 def test_import_ladder(module):
-    inside = {n.removeprefix("stratfam").removeprefix(".") for n in imports(house.modules()[module]) if n.split(".")[0] == "stratfam"}
+    inside = {n.removeprefix("stratfam").removeprefix(".") for n in imports(module) if n.split(".")[0] == "stratfam"}
     assert [f for f in (ladder_fault(module, t) for t in sorted(inside)) if f] == []
 
 
@@ -57,7 +60,7 @@ def test_the_ladder_sees_each_kind_of_fault():
 
 @pytest.mark.parametrize("module", sorted(house.modules()))
 def test_heavy_and_development_packages_stay_where_they_belong(module):
-    roots = {n.split(".")[0] for n in imports(house.modules()[module])}
+    roots = {n.split(".")[0] for n in imports(module)}
     assert roots & DEVELOPMENT == set()
     assert [h for h, allowed in HEAVY.items() if h in roots and module not in allowed] == []
 
@@ -149,6 +152,7 @@ def form_faults(name, cells):
         if has_imports(c): yield f"imports share an export cell with code: {c.lines[0]}"
     lessons = [c for c in code if not c.exports and not {"hide", "default_exp"} & c.directives.keys() and c.source]
     for c in code:
+        if re.search(r"^\s*from \.", c.source, re.M): yield f"relative import, write `from stratfam...`: {c.lines[0]}"
         if "import *" in c.source: yield f"import *: {c.lines[0]}"
         if "test_close(" in c.source: yield f"test_close passes on unequal lengths, use assert_allclose: {c.lines[0]}"
     for i, c in enumerate(lessons):
@@ -178,6 +182,7 @@ def test_the_lint_sees_each_fault():
     assert "proves nothing" in faults(swap(5, code("x + 1")))
     assert "hidden cells" in faults([*good[:-1], last, last, last]) and "last cell" in faults(good[:-1])
     assert "test_close" in faults(swap(5, code("test_close(x, 1); assert x")))
+    assert "relative" in faults(swap(5, code("from .core import Bars\nassert x")))
     assert "import *" in faults(swap(5, code("from math import *\nassert x")))
 
 
