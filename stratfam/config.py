@@ -47,21 +47,25 @@ class DataSettings(Section):
 
 # %% ../nbs/01_config.ipynb #791b828b
 class CostSettings(Section):
-    "What a trade costs, as fractions of its notional."
-    taker_fee_rate: float = Field(0.0008, ge=0, le=0.05, description="Fee of an order that takes liquidity")
-    maker_fee_rate: float = Field(0.0002, ge=-0.001, le=0.05, description="Fee of an order that waits; negative = rebate")
-    slippage_rate: float = Field(0.0005, ge=0, le=0.05, description="Adverse price move of a fill against the bar's open")
-    default_funding_rate_8h: float = Field(0.0001, ge=0, le=0.01, description="Charged per 8 hours where funding is unknown")
+    "What a trade costs, by the names of `market.account.Costs`; fractions of its notional unless the name says otherwise."
+    taker: float = Field(0.001, ge=0, le=0.1, description="Fee of an order that takes liquidity")
+    maker: float = Field(0.001, ge=0, le=0.1, description="Fee of an order that waits in the book")
+    slippage_bps: float = Field(2.0, ge=0, le=1000, description="Basis points against us on every market fill")
+    funding_default_8h: float = Field(0.0001, ge=0, le=0.01, description="Charged per 8 hours where a perpetual's funding is unknown")
 
 # %% ../nbs/01_config.ipynb #4af52d06
 class LimitSettings(Section):
-    "What the gate allows."
+    "What the gate allows, by the names of `risk.limits`; `\"off\"` switches an optional rule off."
     max_leverage: float = Field(1.0, gt=0, le=20, description="Gross notional / equity; 20 is the house's hard bound")
-    max_symbol_weight: float = Field(1.0, gt=0, le=20, description="Notional of one symbol / equity")
-    stop_loss_fraction: float = Field(0.05, gt=0, lt=1, description="Adverse move from entry that closes a position")
-    take_profit_fraction: float = Field(0.20, gt=0, description="Favourable move from entry that closes a position")
-    max_drawdown_fraction: float = Field(0.20, gt=0, lt=1, description="Loss from the peak of equity that halts the account")
-    max_daily_loss_fraction: float = Field(0.05, gt=0, lt=1, description="Loss since 00:00 UTC that halts the day")
+    max_weight: float = Field(1.0, gt=0, le=20, description="Notional of one symbol / equity")
+    stop_loss: float | None = Field(0.05, ge=1e-6, le=1, description="Loss against the entry price that closes a position")
+    take_profit: float | None = Field(0.20, ge=1e-6, description="Gain against the entry price that closes a position")
+    max_drawdown: float | None = Field(0.25, ge=1e-6, le=1, description="Loss from the peak of equity that halts the account")
+    daily_loss: float | None = Field(0.05, ge=1e-6, le=1, description="Loss since 00:00 UTC after which only exits are allowed")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _off(cls, value): return None if value == "off" else value
 
 # %% ../nbs/01_config.ipynb #8443ffd9
 class ValidationSettings(Section):
@@ -239,6 +243,7 @@ def show_config(settings: Settings) -> str: # TOML that `load_config` reads back
             value, where = getattr(getattr(settings, section), name), settings.origin(f"{section}.{name}")
             note = (field.description or "") + ("" if where == "default" else f" (from {where})")
             if model is Secrets: lines.append(f"# {name}: {'unset' if value is None else 'set, from ' + where}")
+            elif value is None and model is LimitSettings: lines.append(f'{name} = "off"  # {note}')
             elif value is None: lines.append(f"# {name} = unset  # {note}")
             else: lines.append(f"{name} = {_toml(value)}  # {note}")
         lines.append("")
