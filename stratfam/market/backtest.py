@@ -112,7 +112,8 @@ def gate_table(why: np.ndarray, # (T,N) int64 reason bits
     return pd.DataFrame(rows, columns=["time", "symbol", "reason", "bars"])
 
 # %% ../../nbs/market/02_backtest.ipynb #3e7eb9e4
-def _result(a: Arena, start: int, stop: int, series: np.ndarray, lots: np.ndarray, why: np.ndarray, fills: np.ndarray, insurance: float) -> Backtest:
+def _result(a: Arena, start: int, stop: int, series: np.ndarray, lots: np.ndarray, why: np.ndarray, fills: np.ndarray,
+            insurance: float) -> Backtest:
     "Series and tables of rows [start, stop) from the kernel's records."
     time, sym = a.bars.time[start:stop], a.bars.symbols
     step = lambda k: np.diff(series[:, k], prepend=0.0)
