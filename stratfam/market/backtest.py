@@ -252,7 +252,8 @@ def backtest(policy: Policy, # Any policy
 HOLD, LONG, FLAT, SHORT = 0, 1, 2, 3 # Signal codes: nothing new, go long, go flat, go short
 
 @njit(**KERNEL, nogil=True)
-def run_codes(bars, days, costs, sym, lims, acct, gates, slots, pos, first, last, sense, context, corr, on, codes, size, wish, sure, work, log):
+def run_codes(bars, days, costs, sym, lims, acct, gates, slots, pos, first, last, sense, context, corr, on, codes, size, wish, sure,
+              work, log):
     "Walk accounts [first, last) of one symbol through all bars with codes (B,T); `wish`, `sure` (1,1), `work`: scratch."
     sure[0, 0] = 1.0
     for b in range(first, last):
