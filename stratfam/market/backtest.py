@@ -305,7 +305,8 @@ def frame_bars(df: pd.DataFrame, # One symbol's OHLC(V), or closes with one colu
     if not isinstance(df.index, pd.DatetimeIndex): raise DataError("the frame needs a DatetimeIndex of bar open times (UTC).")
     if len(df) < 2: raise DataError(f"the frame has {len(df)} rows, expected at least 2.")
     idx = df.index.tz_convert("UTC").tz_localize(None) if df.index.tz is not None else df.index
-    if not (idx.is_monotonic_increasing and idx.is_unique): raise DataError("bar times must increase without duplicates; sort the frame and drop repeats.")
+    if not (idx.is_monotonic_increasing and idx.is_unique):
+        raise DataError("bar times must increase without duplicates; sort the frame and drop repeats.")
     step = as_step(pd.Series(np.diff(idx.to_numpy())).mode()[0])
     grid = pd.date_range(idx[0], idx[-1], freq=pd.Timedelta(step))
     full = df.set_axis(idx).reindex(grid)
