@@ -410,7 +410,7 @@ def with_funding(bars: Bars, # Perpetual bars
     rate = np.full(bars.close.shape, np.nan)
     for k, events in funding.items():
         n = bars.symbols.index(known("symbol", k, bars.symbols))
-        if len(events): rate[:, n] = spread_funding(events, bars.time + bars.step, bars.step)
+        if len(events): rate[:, n] = spread_funding(events.sort_index(), bars.time + bars.step, bars.step)
     return replace(bars, funding=rate)
 
 # %% ../../nbs/data/00_store.ipynb #aad2f623
