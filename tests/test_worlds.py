@@ -248,7 +248,8 @@ def ar_bars(phi, T=4000, seed=0):
     rng = np.random.default_rng(seed)
     r = np.zeros((T, 2))
     for t in range(1, T): r[t] = phi * r[t - 1] + 0.01 * rng.standard_normal(2)
-    return bars_from_close(np.datetime64("2022-01-01", "ns") + np.arange(T) * np.timedelta64(3600, "s"), 100 * np.exp(np.cumsum(r, axis=0)), ("A", "B"), "1h")
+    time = np.datetime64("2022-01-01", "ns") + np.arange(T) * np.timedelta64(3600, "s")
+    return bars_from_close(time, 100 * np.exp(np.cumsum(r, axis=0)), ("A", "B"), "1h")
 
 
 @pytest.mark.parametrize("phi", [0.4, -0.4])
@@ -283,15 +284,31 @@ def test_bootstrap_of_a_perpetual_keeps_the_mean_funding():
 
 
 @pytest.mark.parametrize("call, message", [
-    (dict(name="gmb"), "Did you mean 'gbm'"), (dict(name="gbm", volume=1), "Did you mean 'vol'"), (dict(name="gbm", vol=-1), "vol is -1"),
-    (dict(name="gbm", vol=float("nan")), "vol is nan"), (dict(name="gbm", vol="high"), "expected a number"), (dict(name="gbm", correlation=1.0), "correlation is 1.0"),
-    (dict(name="gbm", n_bars=1), "n_bars is 1"), (dict(name="gbm", n_bars=10.5), "n_bars is 10.5"), (dict(name="gbm", seed=-1), "seed is -1"),
-    (dict(name="gbm", market="spto"), "Did you mean 'spot'"), (dict(name="gbm", step="1y"), "Unknown bar length"), (dict(name="gbm", premium=99), "premium is 99"),
-    (dict(name="garch", alpha=0.2, beta=0.9), "a sum below 1"), (dict(name="garch", df=2.0), "df is 2.0"), (dict(name="heston", xi=9.0), "Feller"),
-    (dict(name="merton", jump_sd=0.9), "of the variance"), (dict(name="merton", intensity=-1), "intensity is -1"), (dict(name="regime_vol", ratio=0.5), "ratio is 0.5"),
-    (dict(name="cross_sectional", n_symbols=1), "at least 2 symbols"), (dict(name="momentum", half_life=0.001), "under half a bar"),
-    (dict(name="momentum", seen_by="price"), "Did you mean 'prices'"), (dict(name="decaying", life=0), "life is 0"),
-    (dict(name="drift_burst", hours=1.0), "use at least 2"), (dict(name="drift_burst", beta=0.7), "0 <= beta < 1/2"), (dict(name="crypto_like", slow=2.0), "slow is 2.0"),
+    (dict(name="gmb"), "Did you mean 'gbm'"),
+    (dict(name="gbm", volume=1), "Did you mean 'vol'"),
+    (dict(name="gbm", vol=-1), "vol is -1"),
+    (dict(name="gbm", vol=float("nan")), "vol is nan"),
+    (dict(name="gbm", vol="high"), "expected a number"),
+    (dict(name="gbm", correlation=1.0), "correlation is 1.0"),
+    (dict(name="gbm", n_bars=1), "n_bars is 1"),
+    (dict(name="gbm", n_bars=10.5), "n_bars is 10.5"),
+    (dict(name="gbm", seed=-1), "seed is -1"),
+    (dict(name="gbm", market="spto"), "Did you mean 'spot'"),
+    (dict(name="gbm", step="1y"), "Unknown bar length"),
+    (dict(name="gbm", premium=99), "premium is 99"),
+    (dict(name="garch", alpha=0.2, beta=0.9), "a sum below 1"),
+    (dict(name="garch", df=2.0), "df is 2.0"),
+    (dict(name="heston", xi=9.0), "Feller"),
+    (dict(name="merton", jump_sd=0.9), "of the variance"),
+    (dict(name="merton", intensity=-1), "intensity is -1"),
+    (dict(name="regime_vol", ratio=0.5), "ratio is 0.5"),
+    (dict(name="cross_sectional", n_symbols=1), "at least 2 symbols"),
+    (dict(name="momentum", half_life=0.001), "under half a bar"),
+    (dict(name="momentum", seen_by="price"), "Did you mean 'prices'"),
+    (dict(name="decaying", life=0), "life is 0"),
+    (dict(name="drift_burst", hours=1.0), "use at least 2"),
+    (dict(name="drift_burst", beta=0.7), "0 <= beta < 1/2"),
+    (dict(name="crypto_like", slow=2.0), "slow is 2.0"),
     (dict(name="gbm", n_bars=200_000, step="1d", vol=5.0), "range of floating point")])
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ConfigError, match=message): make_world(**{"n_bars": 50, **call})
