@@ -255,6 +255,13 @@ def test_too_little_history_is_nan_and_no_history_is_empty():
     assert build(b[:1], ["hour_sin"]).x.shape == (1, 2, 1)
 
 
+def test_a_warmup_one_bar_short_is_refused_on_its_first_row():
+    b = world(200, 1)
+    late = Feature("late", 25, ("close",), lambda c: np.log(c / pd.Series(c).shift(26).to_numpy()))
+    with pytest.raises(DataError, match="'late' is nan for SYN1USDT at 2020-01-02 01:00 UTC, after its warm-up of 25"): build(b, [], [late])
+    assert np.isfinite(build(b, [], [dataclasses.replace(late, warmup=26)]).x[26:]).all()
+
+
 @pytest.mark.parametrize("name", [n for n in SPOT if set(FEATURES[n].needs) & {"high", "low", "volume"}])
 def test_closes_alone_are_refused_by_range_and_volume(name):
     b = world(50, 1)
