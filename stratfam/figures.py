@@ -82,7 +82,7 @@ def _sample_backtest(rng: np.random.Generator, T: int, drift: float, turnover: f
     equity = capital + np.cumsum(price - fee - slip - fund)
     before = np.concatenate([[capital], equity[:-1]])
     weight = np.clip(np.cumsum(rng.normal(0, 0.05, (T, 2)), axis=0) % 1.0, 0, 0.5)
-    rows = np.sort(rng.choice(T - 40, 60 if turnover else 0, replace=False))
+    rows = np.sort(rng.choice(T - 40, min(60, T // 4) if turnover else 0, replace=False))
     gain = rng.normal(0.002, 0.02, len(rows))
     symbol = np.where(rows % 2, "AAA", "BBB")
     trades = pd.DataFrame({"symbol": symbol, "side": "long", "entry_time": time[rows], "exit_time": time[rows + 30], "pnl": gain * 3000,
