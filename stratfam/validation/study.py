@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from ..core import DataError, Fold, Trials, bars_per_year
+from ..core import Backtest, DataError, Fold, Trials, bars_per_year
 from ..market.backtest import walk
 from ..policies.base import Baseline, Fit, Task, task_arena
 from .splits import Folds, assemble_paths
@@ -24,7 +24,15 @@ from .splits import Folds, assemble_paths
 class Piece(NamedTuple):
     "One test interval, walked once."
     ret: np.ndarray # (rows,) net simple returns, final exit paid
+    cost: np.ndarray # (rows,) fee and slippage over the equity before: what `ret` would lose again at twice the costs
     changes: int # Bars with a trade
+
+
+def _piece(b: Backtest) -> Piece:
+    "What is kept of one walked interval."
+    before = np.concatenate([[b.capital], b.equity[:-1]])
+    spent = np.divide(b.fee + b.slippage, before, out=np.zeros(len(b)), where=before > 0)
+    return Piece(b.ret, spent, int((b.turnover > 0).sum()))
 
 
 class Job(NamedTuple):
@@ -42,7 +50,7 @@ def run_job(fit: Fit, # The configuration
     "Fit on the train intervals, walk the test intervals."
     policy = fit.fit(task, fold.train, seed, None)
     runs = walk(policy, task_arena(task), task.features, fold.test, seed)
-    return [Piece(b.ret, int((b.turnover > 0).sum())) for b in runs]
+    return [_piece(b) for b in runs]
 
 # %% ../../nbs/validation/04_study.ipynb #d2acafa9
 def plan(fits: Mapping[str, Fit], # Configurations by key
@@ -67,7 +75,7 @@ def _run(fit: Fit, task: Task, folds: Folds, job: Job) -> tuple[Job, list[Piece]
     if job.split >= 0: return job, run_job(fit, task, folds[job.split], job.seed)
     every = _intervals(folds)
     runs = walk(fit.fit(task, (), job.seed), task_arena(task), task.features, every, job.seed)
-    return job, [Piece(b.ret, int((b.turnover > 0).sum())) for b in runs]
+    return job, [_piece(b) for b in runs]
 
 # %% ../../nbs/validation/04_study.ipynb #748b2b71
 @dataclass(frozen=True, eq=False)
@@ -77,6 +85,7 @@ class CrossValidation:
     paths: Mapping[str, pd.DataFrame] # key -> (T, seeds x paths) net returns per bar, columns "seed/path"
     seeds: pd.DataFrame # policy, seed, sharpe: annual, mean over paths
     changes: Mapping[str, float] # Bars with a trade on an average path
+    cost: pd.DataFrame # (T,K) fee and slippage per bar over equity, mean over seeds and paths
 
 
 def _annual(ret: np.ndarray, per_year: float) -> float:
@@ -96,19 +105,22 @@ def _pieces_by_fold(folds: Folds, found: Mapping[Job, list[Piece]], key: str, se
 def assemble(fits: Mapping[str, Fit], task: Task, folds: Folds, found: Mapping[Job, list[Piece]]) -> CrossValidation:
     "Paths, trials, seed table and changes from finished jobs."
     index, step = pd.DatetimeIndex(task.bars.time, name="time"), task.bars.step
-    ret, paths, changes, rows = {}, {}, {}, []
+    ret, cost, paths, changes, rows = {}, {}, {}, {}, []
+    onto = lambda pieces, what: np.nan_to_num(assemble_paths(folds, [[getattr(x, what) for x in part] for part in pieces], len(index)))
     for key in fits:
-        fans, n = {}, []
+        fans, spent, n = {}, [], []
         for seed in sorted({j.seed for j in found if j.key == key}):
             pieces = _pieces_by_fold(folds, found, key, seed)
-            p = np.nan_to_num(assemble_paths(folds, [[x.ret for x in part] for part in pieces], len(index)))
+            p = onto(pieces, "ret")
+            spent.append(onto(pieces, "cost").mean(axis=0))
             fans |= {f"{seed}/{i}": p[i] for i in range(len(p))}
             n.append(sum(x.changes for part in pieces for x in part) / len(p))
             rows.append((key, seed, float(np.mean([_annual(x, bars_per_year(step)) for x in p]))))
         paths[key] = pd.DataFrame(fans, index=index)
-        ret[key], changes[key] = paths[key].mean(axis=1), float(np.mean(n))
+        ret[key], cost[key], changes[key] = paths[key].mean(axis=1), np.mean(spent, axis=0), float(np.mean(n))
     trials = Trials(pd.DataFrame(ret), {k: f.config() for k, f in fits.items()}, step)
-    return CrossValidation(trials, paths, pd.DataFrame(rows, columns=["policy", "seed", "sharpe"]), changes)
+    seeds = pd.DataFrame(rows, columns=["policy", "seed", "sharpe"])
+    return CrossValidation(trials, paths, seeds, changes, pd.DataFrame(cost, index=index))
 
 # %% ../../nbs/validation/04_study.ipynb #4bd61837
 def cross_validate(fits: Mapping[str, Fit], # Configurations by key
