@@ -102,7 +102,8 @@ def test_signature_equals_ccxt():
 PLAIN = {"refused connection": (NotSent("x"), REFUSED), "reset": (Ambiguous("x"), UNKNOWN), "502 page": (Response(502, {}, b"<html>"), UNKNOWN),
          "500 with a code": (Response(500, {}, b'{"code":-1140,"msg":"x"}'), UNKNOWN),
          "redirect": (Response(302, {"location": "https://x"}, b""), UNKNOWN),
-         "200 page": (Response(200, {}, b"<html>"), UNKNOWN), "empty": (Response(200, {}, b""), UNKNOWN), "number": (Response(200, {}, b"7"), UNKNOWN),
+         "200 page": (Response(200, {}, b"<html>"), UNKNOWN),
+         "empty": (Response(200, {}, b""), UNKNOWN), "number": (Response(200, {}, b"7"), UNKNOWN),
          "half": (Response(200, {}, b'{"orderId":"70234'), UNKNOWN), "400 without code": (Response(400, {}, b"{}"), UNKNOWN),
          "refusal": (Response(400, {}, b'{"code":-1140,"msg":"x"}'), REFUSED),
          "refusal with 200": (Response(200, {}, b'{"code":-1058,"msg":"x"}'), REFUSED),
@@ -213,7 +214,8 @@ def test_a_demo_client_reaches_no_live_private_path():
 def test_the_flag_holds_even_over_a_wrong_table():
     demo, live = client(demo=True), client()
     demo.table, live.table = weex.CONTRACT_V3, weex.DEMO
-    mistakes = ((demo, lambda: demo.place(order())), (demo, demo.balance), (demo, lambda: demo.cancel("7")), (live, live.balance), (live, live.positions))
+    mistakes = ((demo, lambda: demo.place(order())), (demo, demo.balance), (demo, lambda: demo.cancel("7")),
+                (live, live.balance), (live, live.positions))
     for c, call in mistakes:
         with pytest.raises(SandboxBreach): call()
         assert c.transport.sent == []

@@ -13,7 +13,8 @@ from stratfam.weex.wire import WeexError
 
 ODD = [None, True, False, 0, -1, 10**40, 737185556881998184, "", "0", "-1", "NaN", "Infinity", "1e999999999", "1e30", "x" * 600, "\ud800", "é",
        [], {}, [[]], {"code": -1}, "LONG", "SELL", "FILLED", 1.5, -0.0, 1e308, "9" * 400, "2023-01-01", "00000", "429", "1_0", {"a": {"b": []}}]
-TOKENS = [b"null", b"true", b"[", b"]", b"{", b"}", b'"', b"\\", b"\xff", b"\x00", b"1e9999999", b"NaN", b"<html>", b"9" * 60, b"-", b",", b":", b"\\u0000"]
+TOKENS = [b"null", b"true", b"[", b"]", b"{", b"}", b'"', b"\\", b"\xff", b"\x00", b"1e9999999", b"NaN", b"<html>", b"9" * 60, b"-", b",", b":",
+          b"\\u0000"]
 
 
 def places(x, at=()):

@@ -111,10 +111,11 @@ def encode_query(query: Mapping[str, Any] | None) -> str:
     return "&".join(f"{quote(k, safe='')}={quote(text(v), safe='')}" for k, v in (query or {}).items() if v is not None)
 
 
+_COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+
 def encode_body(body: Mapping[str, Any] | None) -> bytes:
     "Compact JSON in the order given; None values are left out."
-    full = {k: v for k, v in (body or {}).items() if v is not None}
-    try: return json.dumps(full, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    try: return _COMPACT({k: v for k, v in (body or {}).items() if v is not None}).encode()
     except (TypeError, ValueError, RecursionError) as e:
         raise ConfigError(f"This request cannot be written as JSON ({type(e).__name__}): use text, whole numbers and lists.") from None
 
