@@ -36,7 +36,8 @@ from stratfam.weex.replies import (
 )
 from stratfam.weex.wire import (
     ACK, BUDGETS, REFUSED, SPOT_BUDGETS, UNKNOWN, Ambiguous, Credentials, LeverageError, Malformed, NotSent, OrderNotFound, Outcome, RateLimited,
-    RateLimiter, Request, RequestsTransport, Throttled, TimestampExpired, WeexError, WireLog, build_request, combined, load_credentials, outcome_of,
+    RateLimiter, Request, RequestsTransport, Throttled, TimestampExpired, VenueError, WeexError, WireLog, build_request, combined,
+    load_credentials, outcome_of,
 )
 
 # %% ../../nbs/weex/02_client.ipynb #2585de6c
@@ -262,6 +263,13 @@ def _costs(e: Endpoint) -> dict[str, int]:
     if e.kind == "public": return {"public": e.ip}
     return {"ip": e.ip, "uid": e.uid} | ({e.kind: 1} if e.kind in ("place", "cancel") else {})
 
+
+def _send(self: WeexAPIClient, request: Request) -> Response:
+    "Through the transport; an error of the operating system means that bytes may have left, unless it says `sent = False`."
+    try: return self.transport.send(*request)
+    except OSError as e:
+        raise (Ambiguous if getattr(e, "sent", True) else NotSent)(f"{request.method} {urlsplit(request.url).path}: {type(e).__name__}.") from None
+
 # %% ../../nbs/weex/02_client.ipynb #1a509f4e
 def _attempt(self: WeexAPIClient, e: Endpoint, query: Mapping | None, body: Mapping | None, urgent: bool) -> Any:
     "One request, one answer."
@@ -271,7 +279,7 @@ def _attempt(self: WeexAPIClient, e: Endpoint, query: Mapping | None, body: Mapp
     request = build_request(e.method, self.base, path, query, body, signer, str(self.now_ms()))
     start, answer, error = self.env.clock.monotonic(), None, None
     try:
-        answer = self.transport.send(*request)
+        answer = self._send(request)
         content = decode(answer, self.now_ms(), self.redact)
         self.limiter.strikes = 0
         return content
@@ -301,7 +309,7 @@ def _exchange(self: WeexAPIClient, name: str, query: Mapping | None = None, body
     return self._attempt(e, query, body, urgent)
 
 
-WeexAPIClient._attempt, WeexAPIClient._note, WeexAPIClient._exchange = _attempt, _note, _exchange
+WeexAPIClient._send, WeexAPIClient._attempt, WeexAPIClient._note, WeexAPIClient._exchange = _send, _attempt, _note, _exchange
 
 # %% ../../nbs/weex/02_client.ipynb #47a4fcde
 def _read(self: WeexAPIClient, name: str, parse: Callable[[Any], Any], query: Mapping | None = None, body: Mapping | None = None) -> Any:
@@ -587,7 +595,10 @@ def place(self: WeexAPIClient, order: OrderRequest, # Normal or conditional
         raise ConfigError("A spot order has no position side." if order.position_side else "A contract order needs position_side LONG or SHORT.")
     name = "place" if order.trigger is None else self.endpoint("place_trigger").name
     body = _v2_body(self, order) if self.dialect == "v2" else _v3_body(self, order)
-    return self._change(name, lambda raw: receipt_from(raw, client_id=order.client_id, redact=self.redact), body=body, urgent=urgent)
+    got = self._change(name, lambda raw: receipt_from(raw, client_id=order.client_id, redact=self.redact), body=body, urgent=urgent)
+    if isinstance(got.error, VenueError) and got.error.about not in ("", order.client_id):
+        return Outcome(UNKNOWN, None, Malformed("receipt: the refusal belongs to another order."))
+    return got
 
 
 WeexAPIClient.place = place
@@ -843,7 +854,8 @@ def modify_tpsl(self: WeexAPIClient, order_id: str, # Of the take-profit or stop
                 trigger: Decimal, working: str = "CONTRACT_PRICE") -> Outcome:
     "Move an attached take-profit or stop-loss."
     _which(order_id, None); known("trigger price", working, ("CONTRACT_PRICE", "MARK_PRICE"))
-    if not isinstance(trigger, Decimal) or not trigger.is_finite() or trigger <= 0: raise ConfigError(f"trigger is {trigger!r}: write a positive Decimal.")
+    if not isinstance(trigger, Decimal) or not trigger.is_finite() or trigger <= 0:
+        raise ConfigError(f"trigger is {trigger!r}: write a positive Decimal.")
     price = {"CONTRACT_PRICE": 1, "MARK_PRICE": 3}[working] if self.dialect == "v2" else working
     body = {"orderId": int(order_id), "triggerPrice": plain(trigger), "triggerPriceType": price}
     return self._change("modify_tpsl", _done, body=body, urgent=True)

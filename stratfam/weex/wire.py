@@ -172,8 +172,8 @@ class Malformed(Ambiguous):
 
 # %% ../../nbs/weex/00_wire.ipynb #631fdfee
 class VenueError(WeexError):
-    "A structured refusal by WEEX."
-    proof = True
+    "A structured refusal by WEEX; `about` is the client order id it names, if it names one."
+    proof, about = True, ""
 
     def __init__(self, text: str, code: str = ""):
         super().__init__(f"WEEX refused [{code}]: {text}" if code else f"WEEX refused: {text}")
