@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import struct
 import threading
 import time
 import traceback
@@ -408,6 +409,19 @@ def test_nothing_is_sent_twice_when_a_kept_connection_dies():
         t.send("POST", home + "/a", {}, b"{}")
         with pytest.raises(Ambiguous): t.send("POST", home + "/b", {}, b"{}")
         assert sum(s.startswith(b"POST /b") for s in seen) == 1
+
+
+def test_a_reset_while_the_body_is_written_is_ambiguous():
+    "Some bytes have left, the rest cannot: the venue may act on what it has."
+    ls = socket.create_server(("127.0.0.1", 0))
+
+    def rude():
+        conn, _ = ls.accept()
+        conn.recv(1000)
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        conn.close()
+    threading.Thread(target=rude, daemon=True).start()
+    with ls, pytest.raises(Ambiguous): RequestsTransport().send("POST", f"http://127.0.0.1:{ls.getsockname()[1]}/x", {}, b" " * 30_000_000)
 
 
 def drip(conn):
