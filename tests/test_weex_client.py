@@ -345,7 +345,9 @@ def server(*scripts):
                 for step in script if isinstance(script, list) else [script]:
                     data = b""
                     try:
-                        while b"\r\n\r\n" not in data: data += conn.recv(65536) or b"\r\n\r\n"
+                        while b"\r\n\r\n" not in data:
+                            data += (part := conn.recv(65536))
+                            if not part: raise ConnectionResetError
                         head, _, rest = data.partition(b"\r\n\r\n")
                         need = int((re.search(rb"content-length: (\d+)", head, re.I) or [0, 0])[1])
                         while len(rest) < need: rest += conn.recv(65536)
@@ -392,14 +394,18 @@ def test_redirects_cookies_proxies_and_netrc_are_ignored(monkeypatch, tmp_path):
 
 def test_a_mutating_call_after_idling_takes_a_new_connection():
     clock = VirtualClock()
-    with server([reply(), reply(), reply()], [reply()]) as (home, seen):
+    ports = []
+
+    def note(conn):
+        ports.append(conn.getpeername()[1])
+        conn.sendall(reply())
+    with server([note] * 4, [note] * 4) as (home, _):
         t = RequestsTransport(clock, idle_s=5)
-        for method, pause in (("POST", 0), ("POST", 4), ("GET", 60)):
+        for method, pause in (("POST", 0), ("POST", 4), ("GET", 60), ("POST", 6)):
             clock.advance(pause)
-            t.send(method, home + "/x", {}, b"")
-        clock.advance(6)
-        t.send("POST", home + "/x", {}, b"{}")
-        assert len(seen) == 4  # three on the first connection, the fourth on the second
+            t.send(method, home + "/x", {}, b"{}" if method == "POST" else b"")
+        t.close()
+    assert len(ports) == 4 and ports[0] == ports[1] == ports[2] != ports[3]
 
 
 def test_nothing_is_sent_twice_when_a_kept_connection_dies():

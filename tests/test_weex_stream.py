@@ -13,7 +13,7 @@ from websockets.exceptions import WebSocketException
 from weex_canned import GOLDEN, ME, RECORDED
 
 from stratfam.core import Env, SystemClock, VirtualClock
-from stratfam.weex.client import WeexAPIClient
+from stratfam.weex.client import SandboxBreach, WeexAPIClient
 from stratfam.weex.stream import MAX_FRAME, SILENCE_S, Bad, Denied, Ready, Resync, Send, Stream, StreamCore, Update, channel, open_socket
 
 
@@ -202,5 +202,6 @@ def test_a_consumer_who_stops_looking_costs_no_memory():
     assert len(events) <= 50 and any(isinstance(e, Resync) for e in events)
 
 
-def test_channel_names():
-    assert channel(own_client(), "depth", "BTCUSDT") == "BTCUSDT@depth15"
+def test_a_demo_client_gets_no_private_stream():
+    with pytest.raises(SandboxBreach): Stream(own_client(demo=True), ["orders"], private=True)
+    assert Stream(own_client(demo=True), [channel(own_client(demo=True), "depth", "BTCUSDT")]).headers() == {}
