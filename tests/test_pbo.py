@@ -35,17 +35,17 @@ KINDS = ["noise", "means", "copies", "idle", "stretches", "constant", "tiny", "h
 
 
 def disagreement(ret, S, remainder="spread", edges=None):
-    "Largest difference from the definition: logits absolutely, Sharpe ratios relative to the largest."
+    "Largest difference from the definition, in tolerances: 1e-12 for logits, a relative 1e-8 for Sharpe ratios."
     edges = pb.block_edges(len(ret), S, remainder) if edges is None else edges
     o, want = pb.pbo(frame(ret), S, remainder), pb.cscv_by_definition(ret, edges)
     gap = np.abs(np.column_stack([o.logits, o.is_sharpe, o.oos_sharpe]) - want)
-    return float((gap / np.maximum(1.0, np.abs(want).max(axis=0))).max())
+    return float((gap / np.array([1e-12, 1e-8, 1e-8]) / np.maximum(1.0, np.abs(want) * [0, 1, 1])).max())
 
 
 @QUICK
 @given(st.integers(0, 10**6), st.integers(2, 9), st.sampled_from([2, 4, 6]), st.integers(0, 9), st.sampled_from(KINDS), st.data())
 def test_equal_to_the_definition(seed, N, S, extra, kind, data):
-    assert disagreement(family(seed, 12 * S + extra, N, kind), S, data.draw(st.sampled_from(pb.REMAINDERS))) <= 1e-12
+    assert disagreement(family(seed, 12 * S + extra, N, kind), S, data.draw(st.sampled_from(pb.REMAINDERS))) <= 1
 
 
 @QUICK
@@ -136,7 +136,7 @@ def wrap_walk(m, change):
 def test_planted_bug_is_caught(bug, monkeypatch):
     cases = [(family(seed, 12 * S + seed % 7, 6, KINDS[seed % 3]), S) for seed in range(12) for S in (4, 6)]
     edges = [pb.block_edges(len(r), S) for r, S in cases]
-    caught = lambda: sum(disagreement(r, S, edges=e) > 1e-9 for (r, S), e in zip(cases, edges))
+    caught = lambda: sum(disagreement(r, S, edges=e) > 1 for (r, S), e in zip(cases, edges))
     assert caught() == 0
     bug(monkeypatch)
     assert caught() >= 3
