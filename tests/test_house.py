@@ -9,7 +9,7 @@ from pathlib import Path
 import house
 import pytest
 
-LADDER = [{"core"}, {"config", "data", "risk", "weex"}, {"market"}, {"policies"}, {"validation"}, {"trading"},
+LADDER = [{"core"}, {"config", "data", "risk", "weex"}, {"market"}, {"policies"}, {"validation"}, {"trading"}, {"figures"},
           {"reporting"}, {"demo"}, {"cli"}]
 LEVEL = {room: level for level, rooms in enumerate(LADDER) for room in rooms}
 HEAVY = {"torch": {"policies.sb3", "policies.tcn"}, "stable_baselines3": {"policies.sb3", "policies.tcn"}}
