@@ -203,7 +203,7 @@ def _chosen(names: Sequence[str], extra: Sequence[Feature]) -> list[Feature]:
     if not names: raise ConfigError("no feature is named; pass at least one, for example names=DEFAULT.")
     return [table[n] for n in names]
 
-
+# %% ../../nbs/data/03_features.ipynb #33d2effd
 def _refuse_missing(bars: Bars, features: Sequence[Feature]) -> None:
     "Raise where the bars do not carry a column that a feature needs."
     for f in features:
@@ -214,20 +214,20 @@ def _refuse_missing(bars: Bars, features: Sequence[Feature]) -> None:
         if "funding" in f.needs and np.isnan(bars.funding[bars.ok]).any():
             raise DataError(f"feature {f.name!r} needs funding, which is unknown (NaN) for part of these bars. Download it, or omit it.")
 
-# %% ../../nbs/data/03_features.ipynb #33d2effd
+# %% ../../nbs/data/03_features.ipynb #d7454ae7
 def _column(f: Feature, run: Mapping[str, np.ndarray], n: int) -> np.ndarray:
     "One feature on one run of `n` bars, checked for shape."
     y = np.asarray(f.compute(*(run[k] for k in f.needs)), dtype="f8")
     if y.shape != (n,): raise ConfigError(f"feature {f.name!r} returned shape {y.shape} for {n} bars, expected ({n},): one number per bar.")
     return y
 
-
+# %% ../../nbs/data/03_features.ipynb #c8c8ff5c
 def _runs(ok: np.ndarray) -> list[tuple[int, int]]:
     "[start, stop) of each run of True: `core.segments` for one symbol, without cutting out its bars."
     edge = np.flatnonzero(np.diff(np.concatenate([[False], ok, [False]])))
     return list(zip(edge[::2].tolist(), edge[1::2].tolist()))
 
-
+# %% ../../nbs/data/03_features.ipynb #12875040
 def _raw(bars: Bars, features: Sequence[Feature], warmup: int = 0) -> np.ndarray:
     "(T,N,F) float64 view: each feature on each run of each symbol, NaN inside its own warm-up and inside `warmup`."
     x = np.full((len(bars.symbols), len(features), len(bars)), np.nan)
@@ -241,7 +241,7 @@ def _raw(bars: Bars, features: Sequence[Feature], warmup: int = 0) -> np.ndarray
                 if b - a > w: x[n, k, a + w:b] = _column(f, run, b - a)[w:]
     return x.transpose(2, 0, 1)
 
-
+# %% ../../nbs/data/03_features.ipynb #206a39cb
 def age(bars: Bars) -> np.ndarray: # (T,N) int64
     "Consecutive published bars of each symbol up to and including this one: 0 in a gap, 1 on the first bar after it."
     row = np.arange(1, len(bars) + 1)[:, None]
@@ -273,7 +273,7 @@ def _scale(x: np.ndarray) -> np.ndarray:
         sd = np.array([np.std(v[np.isfinite(v)]) if np.isfinite(v).any() else 1.0 for v in np.moveaxis(x, 2, 0)])
     return np.where(sd > 0, sd, 1.0)
 
-
+# %% ../../nbs/data/03_features.ipynb #077a3f2b
 def _difference(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     "|x - y|, 0 where both are NaN, infinite where only one is."
     nx, ny = ~np.isfinite(x), ~np.isfinite(y)
@@ -306,7 +306,7 @@ def _bump_last(bars: Bars) -> Bars:
     cut["funding"][-1] += 0.001
     return dataclasses.replace(bars, **cut)
 
-
+# %% ../../nbs/data/03_features.ipynb #e036b207
 def _sweep_once(bars: Bars, features: Sequence[Feature], full: np.ndarray, e: int, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Differences (rows, N, F) of the three experiments: end truncated at `e`, last bar of those changed, start truncated at `s`."
     head, tail = bars[:e], bars[s:]

@@ -357,7 +357,8 @@ def _family(self: Ledger, symbols: Sequence[str],
     frame = _columns(units, place, days, coverage)
     lost = sum(r["lost"] for r in self._rows("salvage"))
     told = ("study", "outcome", "config", "step", "seed", "code", "sharpe", "symbols", "time")
-    table = pd.DataFrame([{k: r[k] for k in told} | {"study": r["study"] or "", "series": u in frame} for u, r in units.items()], index=list(units), columns=[*told, "series"])
+    lines = [{k: r[k] for k in told} | {"study": r["study"] or "", "series": u in frame} for u, r in units.items()]
+    table = pd.DataFrame(lines, index=list(units), columns=[*told, "series"])
     changes = {k: int(units[k]["changes"] or 0) for k in frame}
     return Family(frame, len(units) - frame.shape[1] + lost, len(self._rows("look", place)), changes, table)
 
