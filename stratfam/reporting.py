@@ -43,10 +43,10 @@ from stratfam.core import (
     known,
     write_atomic,
 )
-from .figures import Html, RunData, World, absent, block, policy_label, results_picture
+from .figures import Html, RunData, WorldReport, absent, block, policy_label, results_picture, sample_run # noqa: F401 the sample is for users
 
 # %% ../nbs/reporting.ipynb #55a1eeae
-SAVED_TYPES = {t.__name__: t for t in (RunData, World, Backtest, Trials, Verdict, Test)}
+SAVED_TYPES = {t.__name__: t for t in (RunData, WorldReport, Backtest, Trials, Verdict, Test)}
 
 def _pack(x: Any, at: str, frames: dict, arrays: dict) -> Any:
     "`x` as JSON; frames and arrays are put aside under their place `at`."
@@ -119,7 +119,7 @@ def load_run(folder: str | Path) -> RunData: # What `save_run` saved
 
 # %% ../nbs/reporting.ipynb #d7ccaba0
 SHARES = {"total_return", "cagr", "volatility", "max_drawdown", "ulcer", "var_95", "cvar_95", "hit_rate", "best", "worst", "exposure",
-          "ret", "zero_volume"}
+          "ret", "return", "zero_volume"}
 
 def _float(v: float, share: bool) -> str:
     "A float with the digits it carries."
@@ -176,7 +176,7 @@ def _tests(tests: Sequence[Test]) -> str:
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 
 # %% ../nbs/reporting.ipynb #9169e72d
-def verdict_box(w: World) -> Html:
+def verdict_box(w: WorldReport) -> Html:
     "Decision, evidence and next step of one world."
     v = w.verdict
     if v is None: return absent(f"Verdict: {w.title}", "No verdict was asked for in this run.")
@@ -193,7 +193,7 @@ def verdict_box(w: World) -> Html:
                 f"{w.title}: {v.decision}. Next: {v.next_step}")
 
 # %% ../nbs/reporting.ipynb #8a82e0c4
-def metrics_table(w: World) -> Html:
+def metrics_table(w: WorldReport) -> Html:
     "Figures of merit of every policy; the judged one first."
     names = [w.pick, *(n for n in w.metrics.index if n != w.pick)]
     figures = w.metrics.loc[names].T
@@ -203,7 +203,7 @@ def metrics_table(w: World) -> Html:
                  "one over Y years is at least 1 / sqrt(Y).")
 
 
-def trades_table(w: World) -> Html:
+def trades_table(w: WorldReport) -> Html:
     "The round trips of the judged policy."
     trades = w.backtests[w.pick].trades
     if trades.empty: return absent(f"Trades: {w.title}", f"{w.pick} made no complete round trip.")
@@ -211,7 +211,7 @@ def trades_table(w: World) -> Html:
                  f"{len(trades)} round trips; all are in validation_trades.csv. Click a column's head to sort.")
 
 
-def quality_table(w: World) -> Html:
+def quality_table(w: WorldReport) -> Html:
     "What was found wrong with the data."
     if w.quality is None: return absent(f"Data quality: {w.title}", "The data of this world were not checked.")
     return table(w.quality, f"Data quality: {w.title}", "Counted before anything was computed. A gap is never filled: no order is filled in it and "
@@ -327,7 +327,7 @@ def _plain(v: Any) -> Any:
     return v if isinstance(v, (int, str)) or v is None else str(v)
 
 
-def _world_result(w: World) -> dict:
+def _world_result(w: WorldReport) -> dict:
     "One world as JSON values."
     v = w.verdict
     tests = [{"name": t.name, "value": _plain(t.value), "threshold": _plain(t.threshold), "passed": t.passed} for t in (v.tests if v else ())]
