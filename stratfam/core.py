@@ -499,6 +499,7 @@ class Backtest:
 @dataclass(frozen=True)
 class Test:
     "One line of a verdict."
+    __test__ = False # Not a test class for pytest
     name: str # Short name, e.g. "sharpe_p"
     value: float # What was measured
     threshold: float | None # What it is compared with; None = reported only
