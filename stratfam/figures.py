@@ -101,14 +101,13 @@ class RunData:
 def _sample_backtest(rng: np.random.Generator, T: int, drift: float, turnover: float, step: str) -> Backtest:
     "A random account of two symbols whose parts reconcile."
     time, capital = np.datetime64("2022-01-01", "ns") + np.arange(T) * as_step(step), 10_000.0
-    price = capital * rng.normal(drift, 0.006, T)
-    traded = turnover * rng.random(T)
-    fee, slip, fund = capital * 0.001 * traded, capital * 0.0002 * traded, np.zeros(T)
-    equity = capital + np.cumsum(price - fee - slip - fund)
+    gain, traded = rng.normal(drift, 0.006, T), turnover * rng.random(T)
+    equity = capital * np.cumprod(1.0 + gain - 0.0012 * traded)
     before = np.concatenate([[capital], equity[:-1]])
+    price, fee, slip, fund = before * gain, before * 0.001 * traded, before * 0.0002 * traded, np.zeros(T)
     weight = np.clip(np.cumsum(rng.normal(0, 0.05, (T, 2)), axis=0) % 1.0, 0, 0.5)
-    rows = np.sort(rng.choice(T - 40, min(60, T // 4) if turnover else 0, replace=False))
-    gain = rng.normal(0.002, 0.02, len(rows))
+    rows = np.sort(rng.choice(T - 10, min(60, T // 4) if turnover else 0, replace=False))
+    gain = rng.normal(0.002, 0.02, len(rows)) # Of the trades
     symbol = np.where(rows % 2, "AAA", "BBB")
     trades = pd.DataFrame({"symbol": symbol, "side": "long", "opened": time[rows], "closed": time[rows + 9], "bars": 9, "pnl": gain * 3000,
                            "return": gain, "exit_reason": np.where(gain < -0.02, "STOP", "POLICY")})
@@ -178,7 +177,7 @@ class Html:
 # %% ../nbs/figures.ipynb #72fd23f4
 def block(title: str, inside: str, caption: str, kind: str = "figure") -> Html:
     "A titled block of a page with its caption."
-    t, c = html.escape(title), html.escape(caption)
+    t, c = html.escape(title), html.escape(caption).replace(" %", "&nbsp;%")
     return Html(f'<figure><h3>{t}</h3><div class="wide" role="group" aria-label="{t}">{inside}</div><figcaption>{c}</figcaption></figure>',
                 f"[{kind}] {title}: {caption}")
 
@@ -236,9 +235,12 @@ def _dates(ax) -> None:
 
 # %% ../nbs/figures.ipynb #9db2f5dc
 def _multiples(ax) -> None:
-    "A log axis of multiples of the start."
+    "A log axis of multiples of the start, with as many labels as its span has room for."
     ax.set_yscale("log")
-    for put in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): put(lambda v, _: f"{v:g}x")
+    low, high = ax.get_ylim()
+    digits = "123456789" if high / low < 5 else "125" if high / low < 50 else "1"
+    text = lambda v, _: f"{v:g}x" if f"{v:e}"[0] in digits else ""
+    ax.yaxis.set_major_formatter(text); ax.yaxis.set_minor_formatter(text)
     ax.tick_params(axis="y", which="minor", labelsize=8)
 
 

@@ -161,7 +161,7 @@ def table(frame: pd.DataFrame, # What to show; its index becomes the first colum
     head = "".join(f'<th{r} scope="col">{html.escape(str(c)).replace("_", " ")}</th>' for c, r in zip(f.columns, right))
     body = "".join("<tr>" + "".join(_cell(c, v) for c, v in zip(f.columns, row)) + "</tr>" for row in rows)
     more = f" The first {limit} of {len(frame)} rows." if len(frame) > limit else ""
-    inside = f'<table class="sort{" long" if len(rows) > 20 else ""}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    inside = f'<table class="sort{" long" if len(rows) > 40 else ""}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return block(title, inside, caption + more, f"table of {len(frame)} rows")
 
 # %% ../nbs/reporting.ipynb #abf8ef53
@@ -317,7 +317,8 @@ def notebook_body(path: str | Path) -> str: # HTML without head
     from nbconvert import HTMLExporter
     leave_out = ("exclude_input", "exclude_input_prompt", "exclude_output_prompt", "exclude_anchor_links")
     exporter = HTMLExporter(template_name="basic", **dict.fromkeys(leave_out, True))
-    return exporter.from_notebook_node(nbformat.read(path, as_version=4))[0]
+    body = exporter.from_notebook_node(nbformat.read(path, as_version=4))[0]
+    return re.sub(r' id="cell-id=\w+"', "", body) # papermill draws them at random: the same run shall give the same bytes
 
 # %% ../nbs/reporting.ipynb #74c07eab
 def _plain(v: Any) -> Any:
