@@ -176,7 +176,7 @@ class Exchange:
         self.participation, self.default_funding = participation, round(default_funding * RATE)
         self.users, self.accounts, self.orders, self.ledger = {}, [], {}, {}
         self.now, self.next_id, self.sinks = 0, 702_345_678_901_234_567, []
-        self.refuse_leverage, self.partial = False, None
+        self.refuse_leverage, self.partial, self.soft = False, None, False
         self.bankrupt = self.trades = 0
         self.feeds = [Feed(self, b) for b in ([bars] if isinstance(bars, Bars) else bars)]
         if len({f.kind for f in self.feeds}) < len(self.feeds): raise ConfigError("two feeds of the same kind: pass one perp and one spot Bars.")
@@ -469,6 +469,8 @@ def _swap(x: Exchange, a: Account, o: dict, lots: int, value: int, maker: bool) 
     o["frozen"] -= paid
     give(x, a, asset, gross, "market")
     give(x, a, asset, -fee, "fees")
+    for coin, delta, charged, kind in ((out, -paid, 0, "trade_out"), (asset, gross - fee, fee, "trade_in")):
+        a.bills.append((x.new_id(), coin, m.symbol, delta, kind, a.free.get(coin, 0) + a.locked.get(coin, 0), charged, x.now // 1_000_000))
     return fee
 
 # %% ../../nbs/weex/03_exchange.ipynb #f9e96b36
