@@ -125,7 +125,7 @@ class Gateway:
             if private: u = identify(x, method, target, headers, body, (now,) if wall_ms is None else (now, wall_ms + skew_ms), ip)
             if self.limits:
                 wait = self.limits.ask(now, ip, headers.get("access-key"), f"{path} {method}", by_ip, by_uid)
-                if wait: return reply({"code": 429 if not old else "429", "msg": "Too many requests"}, 429, {**JSON_HEADERS, "retry-after": str(wait)})
+                if wait: return reply({"code": 429, "msg": "Too many requests"}, 429, {**JSON_HEADERS, "retry-after": str(wait)})
             answer = handler(x, u, parameters(method, query, body))
         except Refusal as e: return self.refuse(e, old)
         if skew_ms and path.endswith("/time"): answer = {k: v + skew_ms for k, v in answer.items()}
@@ -141,9 +141,9 @@ class Gateway:
         return reply({"code": 404, "msg": "Not Found"}, 404)
 
 # %% ../../nbs/weex/03d_gateway.ipynb #3d01b8cd
-FAULTS = ("refused", "timeout_before", "timeout_after", "reset_after", "error_before", "error_after", "rate_limit", "rate_limit_bare", "rate_limit_bad",
-          "banned", "html", "truncated", "wrong_type", "empty", "skew", "duplicate_request", "swapped_reply", "stale_reply", "delayed_state",
-          "hidden_order", "partial_fill", "leverage_refused", "soft_refusal", "delist")
+FAULTS = ("refused", "timeout_before", "timeout_after", "reset_after", "error_before", "error_after", "rate_limit", "rate_limit_bare",
+          "rate_limit_bad", "banned", "html", "truncated", "wrong_type", "empty", "skew", "duplicate_request", "swapped_reply", "stale_reply",
+          "delayed_state", "hidden_order", "partial_fill", "leverage_refused", "soft_refusal", "delist")
 STREAM_FAULTS = ("stream_drop", "stream_gap", "stream_silence", "stream_duplicate", "stream_reorder")
 
 class Refused(ConnectionRefusedError):
@@ -237,11 +237,11 @@ class Faulty:
         "Faults that keep the request from the venue."
         if kind == "refused": raise Refused("connection refused")
         if kind == "timeout_before": raise NoAnswer("timed out")
-        if kind == "error_before": return Response(503, {"content-type": "text/html"}, b"<html><body>503 Service Temporarily Unavailable</body></html>")
+        if kind == "error_before": return Response(503, {"content-type": "text/html"}, b"<html>503 Service Temporarily Unavailable</html>")
         if kind == "banned": return Response(418, {"retry-after": "120"}, b"I'm a teapot")
         wait = {"rate_limit": {"retry-after": "2"}, "rate_limit_bare": {}, "rate_limit_bad": {"retry-after": "soon"}}.get(kind)
-        if wait is not None: return Response(429, {**JSON_HEADERS, **wait}, b'{"code":429,"msg":"Too many requests"}' if kind == "rate_limit" else b"")
-        return None
+        if wait is None: return None
+        return Response(429, {**JSON_HEADERS, **wait}, b'{"code":429,"msg":"Too many requests"}' if kind == "rate_limit" else b"")
 
 # %% ../../nbs/weex/03d_gateway.ipynb #b581f552
 def _after(self, kind: str, r: Response, call, key: tuple[str, str]) -> Response:
