@@ -864,7 +864,6 @@ def _bar_open(x: Exchange, f: Feed, t: int) -> None:
             for o in waiting:
                 o["status"] = "NEW"
                 _execute(x, o)
-    x.emit("open", f, t)
 
 # %% ../../nbs/weex/03_exchange.ipynb #d9742a9e
 def _bar_end(x: Exchange, f: Feed, t: int) -> None:
@@ -884,7 +883,6 @@ def _bar_end(x: Exchange, f: Feed, t: int) -> None:
             rate = int(f.rate[t, n])
             if not np.isfinite(f.bars.funding[t, n]) and end % EIGHT_HOURS < f.step: rate = x.default_funding
             if rate: settle_funding(x, m, rate)
-    x.emit("end", f, t)
 
 # %% ../../nbs/weex/03_exchange.ipynb #b0eb16b4
 def advance_to(x: Exchange, # The venue
@@ -900,8 +898,9 @@ def advance_to(x: Exchange, # The venue
         (_bar_open if is_open else _bar_end)(x, f, f.event // 2)
         f.event += 1
         played += 1
-    if played and f.event == 2 * len(f.time):
-        for m in f.markets: m.live = False
+        if f.event == 2 * len(f.time):
+            for m in f.markets: m.live = False
+        x.emit("bar", f, bool(is_open))
     x.now = max(x.now, now_ns)
     return played
 

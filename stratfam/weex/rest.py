@@ -6,8 +6,8 @@
 __all__ = ['INTERVALS', 'MONDAY', 'SIDES', 'POSITIONS', 'SIDE', 'POSITION', 'TIFS', 'WORKING', 'SOFT', 'KINDS', 'C',
            'CONTRACT_MARKET', 'CONTRACT_ACCOUNT', 'CONTRACT_ORDERS', 'DEMO', 'CONTRACT', 'wrong', 'need', 'integer',
            'choice', 'market_of', 'markets_of', 'client_id', 'millis', 'plain', 'feed_of', 'candles', 'kline_rows',
-           'day', 'contract_info', 'rate_text', 'api_symbols', 'server_time', 'ladder', 'depth', 'book_ticker',
-           'trades', 'ticker', 'klines', 'history_klines', 'symbol_price', 'open_interest', 'settled',
+           'day', 'step_of', 'contract_info', 'rate_text', 'api_symbols', 'server_time', 'ladder', 'depth',
+           'book_ticker', 'trades', 'ticker', 'klines', 'history_klines', 'symbol_price', 'open_interest', 'settled',
            'funding_history', 'premium_index', 'balance_row', 'liquidation_price', 'position_row', 'futures',
            'conditional', 'may_trade', 'balances', 'positions', 'single_position', 'commission_rate', 'account_config',
            'leverage_row', 'symbol_config', 'done', 'margin_type', 'leverage', 'position_margin', 'auto_append',
@@ -148,15 +148,16 @@ def kline_rows(x: Exchange, m: Market, interval: str, limit: int, start: int = 0
 def day(x: Exchange, m: Market) -> dict: # Ticks, base volume, quote volume, ms
     "The last 24 hours."
     f, _ = feed_of(x, m)
-    rows = candles(x, m, _name(f), 24 * 3600 * 10**9 // f.step) if f and f.step <= 86_400 * 10**9 else []
+    rows = candles(x, m, step_of(x, m), 24 * 3600 * 10**9 // f.step) if f and f.step <= 86_400 * 10**9 else []
     rows = [r for r in rows if r[0] >= x.now - 86_400 * 10**9] or [(x.now, m.last, m.last, m.last, m.last, 0.0, 0.0, x.now)]
     return {"open": rows[0][1], "high": max(r[2] for r in rows), "low": min(r[3] for r in rows), "last": m.last, "volume": sum(r[5] for r in rows),
             "quote": sum(r[6] for r in rows) / 10**m.price_digits, "from": rows[0][0] // 10**6, "to": millis(x)}
 
-
-def _name(f: Feed) -> str:
-    "The interval name of a feed's own step, or the next coarser one."
-    return next((k for k, s in INTERVALS.items() if s * 10**9 >= f.step and s * 10**9 % f.step == 0), "1d")
+# %% ../../nbs/weex/03a_rest.ipynb #76402bab
+def step_of(x: Exchange, m: Market) -> str:
+    "The interval name of a market's own bars, or the next coarser one."
+    f, _ = feed_of(x, m)
+    return next((k for k, s in INTERVALS.items() if f and s * 10**9 >= f.step and s * 10**9 % f.step == 0), "1d")
 
 # %% ../../nbs/weex/03a_rest.ipynb #d772d203
 def contract_info(x: Exchange, u: dict | None, p: dict) -> dict:
@@ -226,8 +227,7 @@ def trades(kind: str):
     "GET trades: one per finished bar."
     def handler(x: Exchange, u: dict | None, p: dict) -> list:
         m, limit, rows = market_of(x, kind, p), integer(p, "limit", 100, 1, 1000), []
-        f, _ = feed_of(x, m)
-        for c in candles(x, m, _name(f), limit + 1)[:-1][-limit:] if f else []:
+        for c in candles(x, m, step_of(x, m), limit + 1)[:-1][-limit:]:
             tag = hashlib.md5(f"{m.kind}{m.symbol}{c[0]}".encode(), usedforsecurity=False).hexdigest()
             rows.append({"id": f"{tag[:8]}-{tag[8:12]}-{tag[12:16]}-{tag[16:20]}-{tag[20:]}", "price": text(c[4], m.price_digits),
                          "qty": f"{c[5]:.{m.qty_digits}f}", "quoteQty": f"{c[6] / 10**m.price_digits:.{m.price_digits}f}", "time": c[7] // 10**6,
