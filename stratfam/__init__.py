@@ -18,13 +18,15 @@ def source_digest() -> str:
 
 
 def _numba_cache() -> None:
-    "Point numba at a cache keyed by `source_digest`, unless the user chose one or loaded numba before us."
+    "Point numba at a cache keyed by `source_digest`, unless the user chose a folder; works before and after numba is loaded."
     import os
     import sys
     from pathlib import Path
-    if "NUMBA_CACHE_DIR" in os.environ or "numba" in sys.modules: return
+    if "NUMBA_CACHE_DIR" in os.environ: return
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    os.environ["NUMBA_CACHE_DIR"] = str(Path(base) / "stratfam" / "numba" / source_digest()[:16])
+    folder = str(Path(base) / "stratfam" / "numba" / source_digest()[:16])
+    os.environ["NUMBA_CACHE_DIR"] = folder
+    if "numba" in sys.modules: sys.modules["numba"].config.CACHE_DIR = folder
 
 
 _numba_cache()

@@ -1,0 +1,70 @@
+# Every target sets up .venv first (tools/setup.sh: one stamp, so later runs start at once).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+VENV ?= .venv
+export VENV
+BIN := $(abspath $(VENV))/bin
+PY := $(BIN)/python
+export PATH := $(BIN):$(PATH)
+export PYTHONPATH := $(CURDIR)
+# Two workers pay for the notebooks (each imports much and then waits little); WORKERS=0 runs them in one process.
+WORKERS ?= 2
+PYTEST := $(PY) -m pytest -q --durations=5
+# pytest answers 5 when it collected nothing: fine for a room that has no such tests yet.
+NONE_OK := || [ $$? -eq 5 ]
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv: Python 3.11+ is all it needs
+	@tools/setup.sh dev
+
+setup-all:
+	@tools/setup.sh dev,docs,ray
+
+demo: setup ## the whole pipeline to an HTML report; DATA=folder uses your bars, OPEN=1 opens the report
+	$(BIN)/stratfam demo $(if $(DATA),--data '$(DATA)') $(if $(OPEN),--open) $(if $(QUICK),--quick)
+
+test: setup ## notebooks against the package (with coverage), notebooks as they are, tests/; under 15 minutes
+	$(PYTEST) --nb-exported nbs --ignore=nbs/tutorials --ignore=nbs/explore -n $(WORKERS) --cov=stratfam --cov-report=term:skip-covered
+	$(PYTEST) nbs --ignore=nbs/tutorials --ignore=nbs/explore -n $(WORKERS)
+	$(PYTEST) tests -m "not proof and not bench and not soak"
+
+proof: setup-all ## planted bugs, many seeds, learning, tutorials, the docs site; under 25 minutes
+	$(PYTEST) tests -m proof $(NONE_OK)
+	$(PYTEST) nbs/tutorials nbs/explore --nb-flags slow $(NONE_OK)
+	$(MAKE) --no-print-directory docs
+
+docs: setup-all ## the documentation site, offline, in _docs/html
+	$(PY) -W ignore tools/build_docs.py
+
+readme: setup ## README.md from nbs/index.ipynb
+	$(PY) -W ignore tools/build_docs.py --readme
+
+export: setup ## clean the notebooks, then write stratfam/ from them
+	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
+lint: setup ## ruff on the exported code, tests and tools
+	$(BIN)/ruff check .
+
+drift: setup ## committed notebooks are clean, stratfam/ is what they export, README.md is current
+	tools/drift.sh
+
+hooks: setup ## git: merge driver for notebooks, drift check before each commit
+	tools/hooks.sh
+
+bench: setup ## speed against peers, side by side (minutes; writes reports/runs)
+	$(PYTEST) tests -m bench -s $(NONE_OK)
+
+soak: setup ## long runs until stopped: SOAK_SECONDS=600 by default
+	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(PYTEST) tests -m soak -s $(NONE_OK)
+
+lock: setup-all ## constraints.txt from what is installed now (after a tested upgrade)
+	tools/lock.sh
+
+clean: ## remove everything that can be made again, the environment included
+	rm -rf $(VENV) _proc _docs .pytest_cache .ruff_cache .hypothesis .coverage build stratfam.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup setup-all demo test proof docs readme export lint drift hooks bench soak lock clean
