@@ -271,8 +271,14 @@ def slipped(x: Exchange, ticks: int, side: int) -> int:
     return max(1, ticks + side * -(-ticks * x.slippage // RATE))
 
 # %% ../../nbs/weex/03_exchange.ipynb #2942efab
-def invalid(text: str) -> Refusal: return Refusal(-1054, f"INVALID_ARGUMENT: {text}")
-def unmet(text: str) -> Refusal: return Refusal(-1054, f"FAILED_PRECONDITION: {text}")
+def invalid(text: str) -> Refusal:
+    "The engine does not like an argument."
+    return Refusal(-1054, f"INVALID_ARGUMENT: {text}")
+
+
+def unmet(text: str) -> Refusal:
+    "The engine misses a condition: money, or a position."
+    return Refusal(-1054, f"FAILED_PRECONDITION: {text}")
 
 
 def check_lots(m: Market, lots: int) -> None:
@@ -283,7 +289,7 @@ def check_lots(m: Market, lots: int) -> None:
     if lots < m.min_lots: raise invalid(f"The order size must not be less than '{text(m.min_lots, m.qty_digits)}'")
     if lots > m.max_lots: raise Refusal(-3007, "Maximum contract order quantity exceeded.")
 
-
+# %% ../../nbs/weex/03_exchange.ipynb #8d7dd432
 def check_price(m: Market, side: int, price: int) -> None:
     "Refuse a limit price that is not positive or crosses the last price by more than the band."
     if price <= 0: raise invalid("The order price must be greater than 0")
