@@ -15,7 +15,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from decimal import Context, Decimal, InvalidOperation
+from decimal import Context, Decimal
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from ..core import LIQUIDATION, NO_EXIT, STOP, Bars, ConfigError, DataError, Str
 # %% ../../nbs/weex/03_exchange.ipynb #c8d99503
 MONEY_DIGITS, RATE, FEE_UNIT = 12, 10**8, 10**4
 _EXACT = Context(prec=100)
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
 
 class Refusal(Exception):
     "The venue's answer when it declines: a code of its table and its text."
@@ -37,9 +38,8 @@ def scaled(value: str | int, # Decimal text (or an integer) as it came over the 
            what: str = "value", # Name of the field, for the refusal
           ) -> int: # value * 10**digits, exactly
     "A decimal as an integer on its grid; refuses what is no number or lies between two grid points."
-    try: d = Decimal(value) if not isinstance(value, bool) else None
-    except (InvalidOperation, TypeError, ValueError): d = None
-    if d is None or not d.is_finite() or not -40 < d.adjusted() < 30:
+    s = str(value)
+    if value is True or value is False or len(s) > 64 or not _NUMBER.fullmatch(s) or not -40 < (d := Decimal(s)).adjusted() < 30:
         raise Refusal(-1142, f"Parameter '{what}' is invalid.")
     y = _EXACT.scaleb(d, digits)
     if (n := int(y)) != y: raise Refusal(-1160, f"Decimal precision error: '{what}' allows {digits} decimals.")

@@ -235,7 +235,8 @@ def old_cancel_batch(x: Exchange, u: dict, p: dict) -> dict:
     if not rows: raise Refusal(-1140, "Either ids or cids must be sent.")
     good = [r for r in rows if r["result"]]
     return {"result": bool(good), "orderIds": [r["order_id"] for r in good if r["order_id"]],
-            "clientOids": [r["client_oid"] for r in good if r["client_oid"]], "cancelOrderResultList": rows, "failInfos": [r for r in rows if not r["result"]]}
+            "clientOids": [r["client_oid"] for r in good if r["client_oid"]], "cancelOrderResultList": rows,
+            "failInfos": [r for r in rows if not r["result"]]}
 
 # %% ../../nbs/weex/06_legacy.ipynb #fc24af7e
 def old_cancel_all(x: Exchange, u: dict, p: dict) -> list:
@@ -271,7 +272,8 @@ def old_plans(x: Exchange, u: dict, p: dict, rows: list | None = None) -> list:
     "GET order/currentPlan, and the rows of historyPlan."
     if rows is None: rows = open_conditional(x, u, {k: v for k, v in new_words(p).items() if k in ("symbol", "startTime", "endTime", "limit")})
     return [{"symbol": old_name(x.orders[r["algoId"]]["market"]), "size": r["quantity"], "client_oid": r["clientAlgoId"],
-             "order_id": str(r["algoId"]), "trigger_price": r["triggerPrice"], "execute_price": r["price"], "status": r["algoStatus"], "createTime": str(r["createTime"]),
+             "order_id": str(r["algoId"]), "trigger_price": r["triggerPrice"], "execute_price": r["price"], "status": r["algoStatus"],
+             "createTime": str(r["createTime"]),
              "type": TYPE_NAME[x.orders[r["algoId"]]["side"], x.orders[r["algoId"]]["pos"]]} for r in rows]
 
 
