@@ -118,7 +118,7 @@ def from_fills(x, a):
         size[k] = size.get(k, 0) + side * lots
         cash -= side * value + fee
         open_value[k] = m
-    cash += sum(b[3] for b in a.bills if b[4] in ("deposit", "position_funding", "finish_liquidate"))
+    cash += sum(b[3] for b in a.bills if b[4] in ("deposit", "position_funding", "finish_liquidate", "order_liquidate_fee_income"))
     return cash, {k: n for k, n in size.items() if n}, open_value
 
 

@@ -87,6 +87,7 @@ class Market:
     maker: int = 20_000 # Rate in 10^-8
     taker: int = 80_000 # Rate in 10^-8
     maintenance: int = 500_000 # Maintenance margin / notional, in 10^-8
+    liquidation_fee: int = 500_000 # Extra fee on a liquidated notional, in 10^-8
     band: int = 0 # Furthest a limit price may cross the last price, in 10^-8; 0 = no band
     tradable: bool = True # Listed for API orders
     last: int = 0 # Ticks
@@ -727,9 +728,10 @@ def _guard(x: Exchange, a: Account, bar: dict) -> None:
     "Stops and liquidations of one account in one bar: {symbol: (open, high, low)} in ticks."
     again = True
     while again and a.positions:
-        again, doomed = False, False
+        again = False
         path, first, last = _walk(a, bar)
-        for p in list(a.positions.values()):
+        doomed = first <= 0 and not bar.keys().isdisjoint(path)
+        for p in [] if doomed else list(a.positions.values()):
             m = p["market"]
             o, h, l = bar.get(m.symbol, (m.last, m.last, m.last))
             stop = _nearest(a, m, p["side"], adverse=True) if m.symbol in bar else None
@@ -764,6 +766,8 @@ def liquidate(x: Exchange, a: Account, p: dict, ticks: int) -> None:
     x.orders[o["id"]] = a.orders[o["id"]] = o
     before, margin = a.wallet, p["margin"]
     fill(x, o, p["lots"], max(1, ticks), False)
+    fee = share(o["value"], m.liquidation_fee)
+    if fee: pay(x, a, -fee, "order_liquidate_fee_income", "market", a.name_of(m), fee)
     if margin and a.wallet < before: pay(x, a, before - a.wallet, "finish_liquidate", "insurance", a.name_of(m))
 
 # %% ../../nbs/weex/03_exchange.ipynb #97970941
@@ -812,13 +816,13 @@ def _rest(x: Exchange, o: dict) -> None:
 # %% ../../nbs/weex/03_exchange.ipynb #539334b7
 EIGHT_HOURS = 8 * 3600 * 10**9
 
-def settle_funding(x: Exchange, m: Market, rate: int) -> None:
-    "Charge `rate` (10^-8) on every position of a market at the last price."
+def settle_funding(x: Exchange, m: Market, rate: int, both: bool = False) -> None:
+    "Charge `rate` (10^-8) on every position of a market at the last price; `both` sides pay when the true rate is unknown."
     for a in x.accounts:
         for pos in (1, -1):
             p = a.positions.get((m.symbol, pos))
             if p is None: continue
-            due = pos * share(p["lots"] * m.last * m.unit, rate)
+            due = (1 if both else pos) * share(p["lots"] * m.last * m.unit, rate)
             pay(x, a, -due, "position_funding", "funding", a.name_of(m))
             p["funding"] += due; p["sum_funding"] += due
             x.emit("position", a, p)
@@ -884,11 +888,10 @@ def _bar_end(x: Exchange, f: Feed, t: int) -> None:
         if m.resting or m.triggers: _entries(x, m, o, h, l)
     for n, m, *_ in here: m.last = int(f.close[t, n])
     if f.kind == "contract":
-        end = f.time[t] + f.step
         for n, m, *_ in here:
-            rate = int(f.rate[t, n])
-            if not np.isfinite(f.bars.funding[t, n]) and end % EIGHT_HOURS < f.step: rate = x.default_funding
-            if rate: settle_funding(x, m, rate)
+            rate, unknown = int(f.rate[t, n]), not np.isfinite(f.bars.funding[t, n])
+            if unknown: rate = round(x.default_funding * f.step / EIGHT_HOURS)
+            if rate: settle_funding(x, m, rate, unknown)
 
 # %% ../../nbs/weex/03_exchange.ipynb #b0eb16b4
 def advance_to(x: Exchange, # The venue

@@ -301,12 +301,11 @@ def settled(x: Exchange, m: Market, start: int = 0, end: int = 2**63 - 1) -> lis
     if f is None: return []
     done = f.event // 2
     close = f.bars.time[:done].astype("i8") + f.step
-    blank = ~np.isfinite(f.bars.funding[:done, n]) & (close % EIGHT_HOURS < f.step)
-    rate = np.where(blank, x.default_funding, f.rate[:done, n])
+    rate = f.rate[:done, n]
     at = np.flatnonzero((rate != 0) & f.bars.ok[:done, n] & (close >= start) & (close <= end))
     return [(int(close[i]), int(rate[i]), int(f.close[i, n])) for i in at]
 
-# %% ../../nbs/weex/04_rest.ipynb #212f2c7b
+
 def funding_history(x: Exchange, u: dict | None, p: dict) -> list:
     "GET fundingRate."
     m = market_of(x, "contract", p)
