@@ -287,7 +287,9 @@ MARKED = """
 .chip { font-size: .7rem; border: 1px solid currentColor; border-radius: 3px; padding: .1rem .4rem; vertical-align: middle; }
 .stamp { position: sticky; top: 0; z-index: 9; background: #a63b00; color: #fff; text-align: center; font-weight: 700; padding: .25rem; }
 @media print { body { font-size: 11px; } main, figure { max-width: none; } figure, .verdict, tr { break-inside: avoid; }
-  .stamp { position: fixed; left: 0; right: 0; } .wide { overflow: visible; max-height: none !important; } .wide svg { min-width: 0; } }
+  h2, h3 { break-after: avoid; } h2, figure { padding-top: 12px; } th, td { padding: .15rem .4rem; }
+  .stamp { position: fixed; left: 0; right: 0; font-size: 8px; padding: 0; }
+  .wide { overflow: visible; max-height: none !important; } .wide svg { min-width: 0; } }
 """
 
 # %% ../nbs/reporting.ipynb #830a59d0
