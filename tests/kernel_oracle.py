@@ -365,7 +365,8 @@ class Oracle:
             C, cap = seen["correlation"], lim.max_corr_gross
             def risk(s):
                 x = [abs(k) + s * i for k, i in zip(keep, inc)]
-                return math.sqrt(max(0.0, sum((abs(C[i][j]) if finite(C[i][j]) else 1.0) * x[i] * x[j] for i in range(len(x)) for j in range(len(x)))))
+                r = [[abs(v) if finite(v) else 1.0 for v in row] for row in C]
+                return math.sqrt(sum(r[i][j] * x[i] * x[j] for i in range(len(x)) for j in range(len(x))))
             if risk(1.0) > cap:
                 lo, hi = 0.0, 1.0
                 for _ in range(200):

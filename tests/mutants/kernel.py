@@ -1,3 +1,4 @@
+# ruff: noqa: E501  source lines are quoted whole
 """Planted bugs: (name, file under stratfam/, the text as it is, the text as a careless hand might have it, the test that must notice)."""
 
 ORACLE = "test_kernel.py::test_kernel_equals_oracle"
@@ -38,23 +39,28 @@ MUTANTS = [
      ORACLE),
     ("Kelly adds the losing side", GATE, "edge = confidence - (1.0 - confidence) / b", "edge = confidence + (1.0 - confidence) / b", ORACLE),
     ("the symbol cap is not asked", GATE, "if abs(w) > lim.max_weight:", "if False:", ORACLE),
-    ("hedges earn credit in the correlation cap", GATE, "r = C[k, i, j] if np.isfinite(C[k, i, j]) else 1.0",
-     "r = (C[k, i, j] if np.isfinite(C[k, i, j]) else 1.0) * np.sign(work[_GOAL, i]) * np.sign(work[_GOAL, j])", ORACLE),
-    ("unknown correlation counts as none", GATE, "r = C[k, i, j] if np.isfinite(C[k, i, j]) else 1.0", "r = C[k, i, j] if np.isfinite(C[k, i, j]) else 0.0",
+    ("hedges earn credit in the correlation cap", GATE, "if not (r <= 1.0): r = 1.0",
+     "if not (r <= 1.0): r = 1.0\n            r *= np.sign(work[_GOAL, i]) * np.sign(work[_GOAL, j])", ORACLE),
+    ("opposed symbols are no risk", GATE, "r = abs(C[k, i, j])", "r = C[k, i, j]", ORACLE),
+    ("unknown correlation counts as none", GATE, "if not (r <= 1.0): r = 1.0", "if not (r <= 1.0): r = 0.0",
      f"{FUZZ}::test_unknown_correlation_counts_as_one"),
     ("the gate keeps no reserve for costs", GATE, "linear_room(B, I * (1.0 + lim.reserve), lim.max_leverage)", "linear_room(B, I, lim.max_leverage)", ORACLE),
     ("one times too much leverage at the gate", GATE, "linear_room(B, I * (1.0 + lim.reserve), lim.max_leverage)",
      "linear_room(B, I * (1.0 + lim.reserve), lim.max_leverage + 1.0)", ORACLE),
     ("the liquidation distance forgets the maintenance margin", GATE, "(lim.liq_distance * lim.stop_loss + lim.maintenance)",
-     "(lim.liq_distance * lim.stop_loss)", ORACLE),
-    ("the turnover cap blocks exits", GATE, "moves += abs(goal - keep)", "moves += abs(goal - w0)", ORACLE),
+     "(lim.liq_distance * lim.stop_loss)", f"{FUZZ}::test_liquidation_stays_two_stops_away"),
+    ("the turnover cap blocks exits", GATE, "linear_room(0.0, I, lim.max_turnover)", "linear_room(B, I, lim.max_turnover)", ORACLE),
+    ("room that nobody freed", GATE, "keep = w0 if s.pending == s.lots else goal", "keep = goal", f"{FUZZ}::test_a_reduction_left_alone_keeps_its_room"),
+    ("a position without a price weighs nothing", GATE, "if not (x.mark > 0.0 and np.isfinite(x.mark)): w0 = np.inf if s.lots > 0 else -np.inf",
+     "if not (x.mark > 0.0 and np.isfinite(x.mark)): w0 = 0.0", f"{FUZZ}::test_nothing_grows_beside_a_position_without_a_price"),
     ("flips although forbidden", GATE, "if w * w0 < 0.0 and lim.allow_flip == 0.0:", "if False:", ORACLE),
     ("a NaN wish is a wish for zero", GATE, "if not np.isfinite(w): return w0, _BAD", "if not np.isfinite(w): w = 0.0", ORACLE),
     # Lots
     ("lots are the floor of a float", CORE, "n = np.floor(x + 0.5)", "return int(x)", f"{FUZZ}::test_lots_equal_exact_arithmetic"),
     ("lots are rounded to the nearest", CORE, "if n > x * (1.0 + 1e-9): n -= 1.0", "", ORACLE),
     ("the minimum notional is ignored at the gate", GATE, "qty < sym.min_qty or qty * price < sym.min_notional", "qty < sym.min_qty", ORACLE),
-    ("the minimum notional is ignored at the open", ACCOUNT, "q >= sym[n].min_qty and q * o >= sym[n].min_notional", "q >= sym[n].min_qty", ORACLE),
+    ("the minimum notional is ignored at the open", ACCOUNT, "q >= sym[n].min_qty and q * o >= sym[n].min_notional", "q >= sym[n].min_qty",
+     f"{FUZZ}::test_an_order_that_the_open_makes_too_small_is_dropped"),
     # Fills and money
     ("fees are earned", ACCOUNT, "a.cash -= qty * price + fee", "a.cash -= qty * price - fee", ORACLE),
     ("exits pay no fee", ACCOUNT, "a.cash -= qty * price + fee", "a.cash -= qty * price + (fee if (held >= 0) == (lots > 0) else 0.0)", ORACLE),
