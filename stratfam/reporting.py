@@ -43,10 +43,10 @@ from stratfam.core import (
     known,
     write_atomic,
 )
-from .figures import Html, RunData, World, absent, block, policy_label, results_picture
+from .figures import Html, RunData, WorldReport, absent, block, policy_label, results_picture, sample_run # noqa: F401 the sample is for users
 
 # %% ../nbs/reporting.ipynb #55a1eeae
-SAVED_TYPES = {t.__name__: t for t in (RunData, World, Backtest, Trials, Verdict, Test)}
+SAVED_TYPES = {t.__name__: t for t in (RunData, WorldReport, Backtest, Trials, Verdict, Test)}
 
 def _pack(x: Any, at: str, frames: dict, arrays: dict) -> Any:
     "`x` as JSON; frames and arrays are put aside under their place `at`."
@@ -119,7 +119,7 @@ def load_run(folder: str | Path) -> RunData: # What `save_run` saved
 
 # %% ../nbs/reporting.ipynb #d7ccaba0
 SHARES = {"total_return", "cagr", "volatility", "max_drawdown", "ulcer", "var_95", "cvar_95", "hit_rate", "best", "worst", "exposure",
-          "ret", "zero_volume"}
+          "ret", "return", "zero_volume"}
 
 def _float(v: float, share: bool) -> str:
     "A float with the digits it carries."
@@ -161,7 +161,7 @@ def table(frame: pd.DataFrame, # What to show; its index becomes the first colum
     head = "".join(f'<th{r} scope="col">{html.escape(str(c)).replace("_", " ")}</th>' for c, r in zip(f.columns, right))
     body = "".join("<tr>" + "".join(_cell(c, v) for c, v in zip(f.columns, row)) + "</tr>" for row in rows)
     more = f" The first {limit} of {len(frame)} rows." if len(frame) > limit else ""
-    inside = f'<table class="sort{" long" if len(rows) > 20 else ""}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    inside = f'<table class="sort{" long" if len(rows) > 40 else ""}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return block(title, inside, caption + more, f"table of {len(frame)} rows")
 
 # %% ../nbs/reporting.ipynb #abf8ef53
@@ -176,7 +176,7 @@ def _tests(tests: Sequence[Test]) -> str:
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 
 # %% ../nbs/reporting.ipynb #9169e72d
-def verdict_box(w: World) -> Html:
+def verdict_box(w: WorldReport) -> Html:
     "Decision, evidence and next step of one world."
     v = w.verdict
     if v is None: return absent(f"Verdict: {w.title}", "No verdict was asked for in this run.")
@@ -193,7 +193,7 @@ def verdict_box(w: World) -> Html:
                 f"{w.title}: {v.decision}. Next: {v.next_step}")
 
 # %% ../nbs/reporting.ipynb #8a82e0c4
-def metrics_table(w: World) -> Html:
+def metrics_table(w: WorldReport) -> Html:
     "Figures of merit of every policy; the judged one first."
     names = [w.pick, *(n for n in w.metrics.index if n != w.pick)]
     figures = w.metrics.loc[names].T
@@ -203,7 +203,7 @@ def metrics_table(w: World) -> Html:
                  "one over Y years is at least 1 / sqrt(Y).")
 
 
-def trades_table(w: World) -> Html:
+def trades_table(w: WorldReport) -> Html:
     "The round trips of the judged policy."
     trades = w.backtests[w.pick].trades
     if trades.empty: return absent(f"Trades: {w.title}", f"{w.pick} made no complete round trip.")
@@ -211,7 +211,7 @@ def trades_table(w: World) -> Html:
                  f"{len(trades)} round trips; all are in validation_trades.csv. Click a column's head to sort.")
 
 
-def quality_table(w: World) -> Html:
+def quality_table(w: WorldReport) -> Html:
     "What was found wrong with the data."
     if w.quality is None: return absent(f"Data quality: {w.title}", "The data of this world were not checked.")
     return table(w.quality, f"Data quality: {w.title}", "Counted before anything was computed. A gap is never filled: no order is filled in it and "
@@ -287,7 +287,9 @@ MARKED = """
 .chip { font-size: .7rem; border: 1px solid currentColor; border-radius: 3px; padding: .1rem .4rem; vertical-align: middle; }
 .stamp { position: sticky; top: 0; z-index: 9; background: #a63b00; color: #fff; text-align: center; font-weight: 700; padding: .25rem; }
 @media print { body { font-size: 11px; } main, figure { max-width: none; } figure, .verdict, tr { break-inside: avoid; }
-  .stamp { position: fixed; left: 0; right: 0; } .wide { overflow: visible; max-height: none !important; } .wide svg { min-width: 0; } }
+  h2, h3 { break-after: avoid; } h2, figure { padding-top: 12px; } th, td { padding: .15rem .4rem; }
+  .stamp { position: fixed; left: 0; right: 0; font-size: 8px; padding: 0; }
+  .wide { overflow: visible; max-height: none !important; } .wide svg { min-width: 0; } }
 """
 
 # %% ../nbs/reporting.ipynb #830a59d0
@@ -317,7 +319,8 @@ def notebook_body(path: str | Path) -> str: # HTML without head
     from nbconvert import HTMLExporter
     leave_out = ("exclude_input", "exclude_input_prompt", "exclude_output_prompt", "exclude_anchor_links")
     exporter = HTMLExporter(template_name="basic", **dict.fromkeys(leave_out, True))
-    return exporter.from_notebook_node(nbformat.read(path, as_version=4))[0]
+    body = exporter.from_notebook_node(nbformat.read(path, as_version=4))[0]
+    return re.sub(r' id="cell-id=\w+"', "", body) # papermill draws them at random: the same run shall give the same bytes
 
 # %% ../nbs/reporting.ipynb #74c07eab
 def _plain(v: Any) -> Any:
@@ -327,7 +330,7 @@ def _plain(v: Any) -> Any:
     return v if isinstance(v, (int, str)) or v is None else str(v)
 
 
-def _world_result(w: World) -> dict:
+def _world_result(w: WorldReport) -> dict:
     "One world as JSON values."
     v = w.verdict
     tests = [{"name": t.name, "value": _plain(t.value), "threshold": _plain(t.threshold), "passed": t.passed} for t in (v.tests if v else ())]

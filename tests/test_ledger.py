@@ -108,6 +108,16 @@ def test_a_cut_file_is_refused_and_salvaged(tmp_path, keep):
         assert b.family(["OTHER"], "1990", "1991").counted == lost
 
 
+def test_rows_cut_off_by_another_program_are_noticed(tmp_path):
+    path = filled(tmp_path / "ledger.db")
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("DROP TRIGGER no_delete")
+        db.execute("DELETE FROM ledger WHERE id > 10")
+        db.commit()
+    with pytest.raises(ExportError, match="rows 11 to 13 are missing"): Ledger(path)
+    assert salvage(path, tmp_path / "new.db") == (10, 3)
+
+
 def test_foreign_files_are_refused(tmp_path):
     (tmp_path / "text.db").write_text("this is not a database, however long it may be" * 50)
     with pytest.raises(ExportError, match="damaged"): Ledger(tmp_path / "text.db")

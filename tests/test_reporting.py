@@ -136,7 +136,8 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_folder(tmp_path, monkeypatc
 def test_a_run_with_something_unknown_is_refused_by_place(tmp_path):
     run = figures.sample_run(bars=300)
     odd = dataclasses.replace(run.worlds[0], facts={"source": object()})
-    with pytest.raises(ExportError, match=r"worlds\.0\.facts\.source: a object"): reporting.save_run(dataclasses.replace(run, worlds=(odd,)), tmp_path)
+    with pytest.raises(ExportError, match=r"worlds\.0\.facts\.source: a object"):
+        reporting.save_run(dataclasses.replace(run, worlds=(odd,)), tmp_path)
 
 
 def test_a_foreign_type_in_a_saved_run_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import norm
 
 from stratfam.core import PRICES, Bars, ConfigError, DataError, bars_from_close, segments, select
-from stratfam.data.worlds import WORLDS, bootstrap_bars, filter_sharpe, gross_sharpe, make_world, oracle_weights, placebo_bars, stylised_facts
+from stratfam.data.worlds import WORLDS, ar1, bootstrap_bars, filter_sharpe, gross_sharpe, make_world, oracle_weights, placebo_bars, stylised_facts
 
 FAIR = [n for n, w in WORLDS.items() if w.kind == "none"]
 EDGED = [n for n, w in WORLDS.items() if w.kind != "none"]
@@ -93,7 +93,7 @@ def test_merton_compensates_its_jumps_exactly():
     shock = np.sqrt(smooth) * rng.standard_normal(len(n)) + n * m + np.sqrt(n) * d * rng.standard_normal(len(n))
     fair = np.exp(shock - 0.5 * smooth - rate * np.expm1(m + 0.5 * d * d))
     assert abs(score(fair - 1)) < 4
-    r = np.concatenate([returns(make_world("merton", 2000, 1, "1d", s, intensity=150.0, jump_mean=m, jump_sd=d)) for s in range(20)])
+    r = np.concatenate([returns(make_world("merton", 2000, 1, "1d", s, intensity=150.0, jump_mean=0.0, jump_sd=0.06)) for s in range(80)])
     assert abs(score(np.expm1(r[:, 0]))) < 4 and abs(r.std() / np.sqrt(var) - 1) < 0.03
     assert r.mean() < -0.5 * var * 0.8  # the log drift is negative, as a martingale's must be
 
@@ -159,6 +159,30 @@ def test_the_oracle_earns_what_the_formula_says(name, edge, symbols, step):
     got, want = [gross_sharpe(w.bars, oracle_weights(w)) for w in draws], draws[0].truth.sharpe
     assert name == "decaying" or abs(want - edge) < 1e-9
     assert abs(np.mean(got) - want) < 4 * np.std(got) / np.sqrt(120) + 0.01 * want
+
+
+def test_hidden_states_start_in_their_stationary_law():
+    first = np.array([ar1(np.random.default_rng(s).standard_normal((3, 1)), 0.95)[:, 0] for s in range(3000)])
+    assert_allclose(first.std(axis=0), np.ones(3), atol=0.06)
+
+
+def test_the_truth_belongs_to_the_next_bar():
+    "A drift that changes within days: mu of the bar before or after explains the return less."
+    fit = {k: [] for k in (-1, 0, 1)}
+    for seed in range(40):
+        w = make_world("momentum", 3000, 2, "1d", seed, edge=6.0, half_life=0.6)
+        x, mu = w.bars.close[1:] / w.bars.close[:-1] - 1, w.truth.mu[:-1]
+        for k in fit: fit[k].append((x[1:-1] * mu[1 + k:len(mu) - 1 + k]).sum() / (mu**2).sum())
+    mean = {k: np.mean(v) for k, v in fit.items()}
+    assert abs(mean[0] - 1) < 0.1 and mean[-1] < 0.6 and mean[1] < 0.6
+
+
+def test_the_filter_formula_holds_for_a_drift_as_large_as_the_noise():
+    rng, phi, v = np.random.default_rng(0), 0.9, 0.5
+    s = np.sqrt(v) * ar1(rng.standard_normal((60_000, 1)), phi)
+    x = np.vstack([np.zeros((1, 1)), s[:-1] + rng.standard_normal((59_999, 1))])
+    pnl = (kalman(x, 1.0, v, phi, v * (1 - phi**2), 0.0)[:-1] * x[1:])[:, 0]
+    assert_allclose(pnl.mean() / pnl.std(), filter_sharpe(1.0, 1, v, phi, v * (1 - phi**2)), rtol=0.03)
 
 
 def kalman(x, sd, v, phi, q, c):
@@ -265,6 +289,25 @@ def test_redrawing_destroys_what_could_be_predicted(redraw, phi):
         y = returns(p)
         lags.append([np.corrcoef(y[k:, 0], y[:-k, 0])[0, 1] for k in (1, 2, 3)] + [np.expm1(y).mean() / y.std()])
     assert (np.abs(np.mean(lags, axis=0)) < 4 / np.sqrt(30 * 4000) + 2e-3).all()
+
+
+@pytest.mark.parametrize("redraw", [placebo_bars, bootstrap_bars])
+def test_redrawing_takes_off_the_trend_and_turns_gaps_too(redraw):
+    rng, T = np.random.default_rng(2), 3000
+    gap, body = 0.002 + 0.004 * rng.standard_normal((2, T, 2))
+    close = 100 * np.exp(np.cumsum(gap + body, axis=0) - 0.004 * np.arange(T)[:, None] + 0.001 * np.arange(T)[:, None])
+    open_ = close / np.exp(body)
+    time = np.datetime64("2022-01-01", "ns") + np.arange(T) * np.timedelta64(3600, "s")
+    b = Bars(time, "1h", open_, np.maximum(open_, close), np.minimum(open_, close), close,
+             np.ones((T, 2)), np.zeros((T, 2)), np.ones((T, 2), bool), ("A", "B"))
+    assert score(np.expm1(returns(b))[:, 0]) > 8
+    drawn = [redraw(b, s) for s in range(20)]
+    assert abs(score([np.expm1(returns(p)).mean() for p in drawn])) < 4
+    assert abs(np.mean([np.expm1(returns(p)).mean() for p in drawn])) < 1e-4
+    if redraw is placebo_bars:
+        was, now = (np.log(x.open[1:] / x.close[:-1]) for x in (b, drawn[0]))
+        assert_allclose(np.abs(now), np.abs(was), atol=1e-12)
+        assert 0.4 < (np.sign(was) == np.sign(now)).mean() < 0.6
 
 
 def test_bootstrap_keeps_marginals_clustering_and_correlation():

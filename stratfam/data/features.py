@@ -69,10 +69,12 @@ def drawdown_168(close): return np.log(close / talib.MAX(close, 168))
 def _neutral(x: np.ndarray, flat: np.ndarray) -> np.ndarray: return np.where(flat, 0.0, x)
 
 def rsi(close):
+    "Relative strength, centred; 0 where nothing has moved yet."
     r = talib.RSI(close, 14)
     return _neutral((r - 50.0) / 50.0, (r == 0.0) & (close == close[0]))
 
 def cci(high, low, close):
+    "Commodity channel index; 0 where the window is flat."
     return _neutral(talib.CCI(high, low, close, 14) / 100.0, talib.MAX(high, 14) == talib.MIN(low, 14))
 
 def cci_close(close): return cci(close, close, close)
@@ -86,9 +88,11 @@ def adx(high, low, close): return talib.ADX(high, low, close, 14) / 100.0
 def di(high, low, close): return (talib.PLUS_DI(high, low, close, 14) - talib.MINUS_DI(high, low, close, 14)) / 100.0
 
 def ultosc(high, low, close):
+    "Ultimate oscillator, centred; 0 where nothing moved."
     return _neutral((talib.ULTOSC(high, low, close, 7, 14, 28) - 50.0) / 50.0, talib.MAX(talib.TRANGE(high, low, close), 7) == 0.0)
 
 def stochastic(high, low, close):
+    "Place of the close between the extremes of a day of bars, -1 to 1; 0 where they coincide."
     top, bottom = talib.MAX(high, 24), talib.MIN(low, 24)
     with np.errstate(invalid="ignore"): return _neutral(2.0 * (close - bottom) / (top - bottom) - 1.0, top == bottom)
 
@@ -98,11 +102,13 @@ TINY = 1e-8 # Volatility below one part in 1e8 per bar is a market that stands s
 def atr(high, low, close): return talib.ATR(high, low, close, 14) / close
 
 def bollinger_b(close):
+    "Place of the close in the bands, 1 = the upper; 0 where the window is flat."
     upper, mid, _ = talib.BBANDS(close, 20, 2.0, 2.0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return _neutral((close - mid) / (upper - mid), talib.MAX(close, 20) == talib.MIN(close, 20))
 
 def bollinger_width(close):
+    "Width of the bands over their middle."
     upper, mid, lower = talib.BBANDS(close, 20, 2.0, 2.0)
     return (upper - lower) / mid
 
@@ -116,11 +122,13 @@ def volatility_ratio(close): return np.log((_volatility(close, 24) + TINY) / (_v
 
 # %% ../../nbs/data/03_features.ipynb #641563bb
 def volume_z(volume):
+    "Volume against its own recent mean, in standard deviations; 0 where it never varies."
     still = talib.MAX(volume, 96) == talib.MIN(volume, 96)
     with np.errstate(invalid="ignore", divide="ignore"):
         return _neutral((volume - talib.SMA(volume, 96)) / talib.STDDEV(volume, 96), still)
 
 def obv_change(close, volume):
+    "Signed volume of a day of bars over all of it."
     signed = np.sign(np.diff(close, prepend=close[0])) * volume
     with np.errstate(invalid="ignore", divide="ignore"):
         return _neutral(talib.SUM(signed, 24) / talib.SUM(volume, 24), talib.MAX(volume, 24) == 0.0)

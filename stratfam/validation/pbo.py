@@ -25,7 +25,7 @@ def sharpe(x: np.ndarray, # (rows,) net simple returns
     if np.ptp(x) == 0.0: return 0.0
     return float(np.mean(x) / np.std(x, ddof=1))
 
-
+# %% ../../nbs/validation/02_pbo.ipynb #11f295b6
 def cscv_by_definition(ret: np.ndarray, # (T,N) returns
                        edges: np.ndarray, # (S+1,) first row of each block, and one past the last
                       ) -> np.ndarray: # (C,3) logit, in-sample and out-of-sample Sharpe of the choice; in-sample blocks in lexicographic order
@@ -45,6 +45,7 @@ def cscv_by_definition(ret: np.ndarray, # (T,N) returns
 REMAINDERS = ("spread", "drop_first")
 TIES = ("<=0", "<0") # Whether a logit of exactly zero counts as overfit
 
+# %% ../../nbs/validation/02_pbo.ipynb #0cff6e77
 def block_edges(T: int, # Rows
                 S: int, # Blocks
                 remainder: str = "spread", # What happens to T % S rows: see `REMAINDERS`
@@ -85,7 +86,7 @@ def _sharpes(total: np.ndarray, square: np.ndarray, n: int, shift: np.ndarray, o
         moves = left > 1e-12 * square[j]
         out[j] = (shift[j] + mean if moves else 0.0) / np.sqrt(left / (n - 1) if moves else 1.0)
 
-
+# %% ../../nbs/validation/02_pbo.ipynb #2dc7fe45
 @njit(cache=True, error_model="numpy")
 def _choose(seen: np.ndarray, unseen: np.ndarray) -> tuple[int, float]:
     "The best in sample (the first, when several are), and its rank out of sample, ties averaged."
@@ -142,6 +143,7 @@ def _walk(total: np.ndarray, square: np.ndarray, size: np.ndarray, shift: np.nda
 # %% ../../nbs/validation/02_pbo.ipynb #a92f82e1
 ROWS_PER_BLOCK = 10
 
+# %% ../../nbs/validation/02_pbo.ipynb #21fea243
 def _labelled(trials: Any) -> pd.DataFrame:
     "The return frame of `trials`, checked, or an error that says what a frame must look like."
     if isinstance(trials, Trials): frame = trials.ret
@@ -159,7 +161,7 @@ def _labelled(trials: Any) -> pd.DataFrame:
     if frame.shape[1] < 2: raise DataError(f"PBO compares configurations, found {frame.shape[1]}: it needs at least two columns.")
     return frame
 
-
+# %% ../../nbs/validation/02_pbo.ipynb #6ca03fce
 def _check_blocks(T: int, S: int) -> None:
     "Raise unless T rows can be cut into S blocks that mean something."
     if isinstance(S, bool) or not isinstance(S, (int, np.integer)) or S % 2 or not 2 <= S <= 24:
@@ -201,7 +203,7 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     if xx == 0.0: return math.nan, math.nan, math.nan
     return xy / xx, float(y.mean() - xy / xx * x.mean()), xy * xy / (xx * yy) if yy > 0.0 else 1.0
 
-
+# %% ../../nbs/validation/02_pbo.ipynb #b230cde1
 def _dominance(grid: np.ndarray, chosen: tuple, every: tuple) -> tuple[pd.DataFrame, bool, bool]:
     "The table, and whether the first distribution dominates the second, first and second order; each is (counts, sums) by bin."
     cdf, area, mean = [], [], []
@@ -249,7 +251,7 @@ def plot_overfitting(result: Overfitting, # From `pbo`
     import matplotlib.pyplot as plt
     if axes is None: _, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     over = result.logits <= 0 if result.ties == "<=0" else result.logits < 0
-    bins = np.histogram_bin_edges(result.logits, 40)
+    bins = np.histogram_bin_edges(result.logits, 20)
     axes[0].hist([result.logits[~over], result.logits[over]], bins, stacked=True, color=["#0072B2", "#E69F00"], label=["above the median", "overfit"])
     axes[0].set(title=f"PBO {result.pbo:.3f}", xlabel="logit of the out-of-sample rank", ylabel="halves")
     axes[0].legend(frameon=False)

@@ -27,21 +27,21 @@ class Piece(NamedTuple):
     cost: np.ndarray # (rows,) fee and slippage over the equity before: what `ret` would lose again at twice the costs
     changes: int # Bars with a trade
 
-
+# %% ../../nbs/validation/04_study.ipynb #961d5eed
 def _piece(b: Backtest) -> Piece:
     "What is kept of one walked interval."
     before = np.concatenate([[b.capital], b.equity[:-1]])
     spent = np.divide(b.fee + b.slippage, before, out=np.zeros(len(b)), where=before > 0)
     return Piece(b.ret, spent, int((b.turnover > 0).sum()))
 
-
+# %% ../../nbs/validation/04_study.ipynb #d0334bfa
 class Job(NamedTuple):
     "A unit of work: independent of all others, named so that its seed and its result are its own."
     key: str # Configuration
     split: int # Which fold
     seed: int # Of the fit and of the policy
 
-
+# %% ../../nbs/validation/04_study.ipynb #e3557502
 def run_job(fit: Fit, # The configuration
             task: Task, # Bars, features, costs, limits
             fold: Fold, # Train and test intervals
@@ -64,12 +64,12 @@ def plan(fits: Mapping[str, Fit], # Configurations by key
         out += [Job(key, s, seed) for seed in (seeds if fit.stochastic else seeds[:1]) for s in splits]
     return out
 
-
+# %% ../../nbs/validation/04_study.ipynb #8126e92b
 def _intervals(folds: Folds) -> list[tuple[int, int]]:
     "Every distinct test interval, in time order."
     return sorted({iv for fold in folds for iv in fold.test})
 
-
+# %% ../../nbs/validation/04_study.ipynb #aef986ff
 def _run(fit: Fit, task: Task, folds: Folds, job: Job) -> tuple[Job, list[Piece]]:
     "One job, in whichever process."
     if job.split >= 0: return job, run_job(fit, task, folds[job.split], job.seed)
@@ -87,13 +87,13 @@ class CrossValidation:
     changes: Mapping[str, float] # Bars with a trade on an average path
     cost: pd.DataFrame # (T,K) fee and slippage per bar over equity, mean over seeds and paths
 
-
+# %% ../../nbs/validation/04_study.ipynb #78c2c978
 def _annual(ret: np.ndarray, per_year: float) -> float:
     "Annual Sharpe ratio of returns per bar; 0 when nothing moved."
     s = float(ret.std(ddof=1))
     return 0.0 if s == 0.0 else float(ret.mean()) / s * math.sqrt(per_year)
 
-
+# %% ../../nbs/validation/04_study.ipynb #e2103f49
 def _pieces_by_fold(folds: Folds, found: Mapping[Job, list[Piece]], key: str, seed: int) -> list[list[Piece]]:
     "The pieces of one configuration and seed, in the order of folds and intervals."
     rule = found.get(Job(key, -1, seed))
