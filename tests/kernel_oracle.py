@@ -297,17 +297,25 @@ class Oracle:
         e, dd = self.equity, (self.peak - self.equity) / self.peak
         held = [p.lots * self.lot[n] * bars[n]["mark"] / e if p.lots else 0.0 for n, p in enumerate(self.pos)]
         goal = [self.wish(t, n, wishes[n], held[n], confidence[n], bars[n], seen, dd) for n in range(N)]
-        keep = [reduce_only(g, h) for g, h in zip(goal, held)]
-        inc = [abs(g) - abs(k) for g, k in zip(goal, keep)]
-        f = self.room(keep, inc, goal, seen)
+        keep, inc, done = [], [], {}
+        for n, (g, h) in enumerate(zip(goal, held)):  # what does not grow is settled first; what is left alone stays in the book
+            k, alone = reduce_only(g, h), abs(g - h) < self.limits.position.min_trade
+            if g == k or alone:
+                done[n] = self.to_lots(n, g, h, self.pos[n].lots, e, bars[n]["mark"]) if finite(wishes[n]) else self.pos[n].lots
+                k = h if done[n] == self.pos[n].lots else g
+            keep.append(k)
+            inc.append(0.0 if n in done else abs(g) - abs(k))
+        f = self.room(keep, inc, seen)
         for n, p in enumerate(self.pos):
             p.cause = "POLICY"
-            if not finite(wishes[n]):
-                self.pending[n] = p.lots
+            if n in done:
+                self.pending[n] = done[n]
                 continue
             g = goal[n]
-            if f < 1 and inc[n] > 0:
+            if f < 1:
                 g = math.copysign(abs(keep[n]) + f * inc[n], g)
+                if g * held[n] < 0 and abs(g - held[n]) < self.limits.position.min_trade:
+                    g = 0.0
             self.pending[n] = self.to_lots(n, g, held[n], p.lots, e, bars[n]["mark"])
         self._time_stops(t)
 
@@ -346,7 +354,7 @@ class Oracle:
             w = 0.0
         return w
 
-    def room(self, keep, inc, goal, seen):
+    def room(self, keep, inc, seen):
         lim, B, inc_sum = self.limits.position, sum(map(abs, keep)), sum(inc)
         def linear(base, more, cap):
             if cap is None or more <= 0 or base + more <= cap:
@@ -357,7 +365,8 @@ class Oracle:
             C, cap = seen["correlation"], lim.max_corr_gross
             def risk(s):
                 x = [abs(k) + s * i for k, i in zip(keep, inc)]
-                return math.sqrt(max(0.0, sum((C[i][j] if finite(C[i][j]) else 1.0) * x[i] * x[j] for i in range(len(x)) for j in range(len(x)))))
+                r = [[abs(v) if finite(v) else 1.0 for v in row] for row in C]
+                return math.sqrt(sum(r[i][j] * x[i] * x[j] for i in range(len(x)) for j in range(len(x))))
             if risk(1.0) > cap:
                 lo, hi = 0.0, 1.0
                 for _ in range(200):
@@ -369,8 +378,7 @@ class Oracle:
         x, a = self.limits.exits, self.limits.account
         if self.perp and x.stop_loss is not None and a.liq_distance > 0:
             f = min(f, linear(B, inc_sum, 1 / (a.liq_distance * x.stop_loss + self.costs.maintenance)))
-        moves = sum(abs(g - k) for g, k in zip(goal, keep))
-        return min(f, linear(0.0, moves, lim.max_turnover))
+        return min(f, linear(0.0, inc_sum, lim.max_turnover))
 
     def to_lots(self, n, goal, w0, held, equity, price):
         if goal == 0:

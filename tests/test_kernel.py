@@ -65,7 +65,8 @@ def random_inputs(rng, T, N):
 
 
 def random_wishes(rng, T, N, perp):
-    W = rng.choice([0.0, 0.25, 0.5, 1.0, -0.5, -1.0, 3.0, np.nan, np.inf, -0.0, 1e308], (T, N), p=[.12, .12, .15, .15, .1, .06, .05, .2, .02, .02, .01])
+    choices = [0.0, 0.25, 0.5, 1.0, -0.5, -1.0, 3.0, np.nan, np.inf, -0.0, 1e308]
+    W = rng.choice(choices, (T, N), p=[.12, .12, .15, .15, .1, .06, .05, .2, .02, .02, .01])
     return np.ascontiguousarray(W), rng.choice([1.0, 0.6, 0.2, np.nan], (T, N), p=[0.6, 0.2, 0.15, 0.05])
 
 

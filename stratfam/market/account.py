@@ -38,7 +38,7 @@ class Costs:
     @property
     def reserve(self) -> float: return self.taker + self.slippage_bps / 1e4
 
-
+# %% ../../nbs/market/00_account.ipynb #98ba13dd
 def stress(costs: Costs, # The costs to multiply
            factor: float, # 2.0 doubles every fee, the slippage, the impact and the default funding
           ) -> Costs: # Costs under stress; the venue's margin rules stay
@@ -50,7 +50,7 @@ def stress(costs: Costs, # The costs to multiply
 COSTS = np.dtype([(k, "f8") for k in ("taker", "maker", "slip", "impact", "funding", "maintenance", "liq_fee", "perp")])
 BAR = np.dtype([(k, "f8") for k in ("open", "high", "low", "close", "mark", "volume", "funding", "ok")]) # One cache line
 
-
+# %% ../../nbs/market/00_account.ipynb #fb5c9fb8
 class Market(NamedTuple):
     "T bars of N symbols as the kernel reads them."
     bars: np.ndarray # (T,N) records of `BAR`; `mark` = last known close
@@ -80,7 +80,7 @@ ACCOUNT = np.dtype([(k, "f8") for k in _MONEY + _STATS] + [(k, "i8") for k in ("
 POSITION = np.dtype([(k, "f8") for k in ("entry", "stop", "target", "best", "last", "trip")]
                     + [(k, "i8") for k in ("opened", "traded", "cause")])
 
-
+# %% ../../nbs/market/00_account.ipynb #3af0a2ad
 class State(NamedTuple):
     "Everything the kernel knows about B accounts of N symbols."
     acct: np.ndarray # (B,) records of `ACCOUNT`
@@ -108,13 +108,13 @@ _TIME_STOP = int(Reason.TIME_STOP)
 FILL = np.dtype([(k, "i8") for k in ("b", "t", "n", "lots", "after", "cause")]
                 + [(k, "f8") for k in ("price", "ref", "fee", "slippage", "entry", "realised", "trip")])
 
-
+# %% ../../nbs/market/00_account.ipynb #3d515176
 def new_log(capacity: int, # Fills it can hold; 0 counts only
            ) -> np.ndarray: # (capacity + 1,) records of `FILL`; `lots` of the last one counts all fills
     "An empty log."
     return np.zeros(capacity + 1, FILL)
 
-
+# %% ../../nbs/market/00_account.ipynb #4e0a53d5
 def logged(log: np.ndarray) -> np.ndarray:
     "The fills in `log`; raises if it overflowed."
     n = int(log[-1]["lots"])
@@ -154,7 +154,7 @@ def set_levels(lim, p, side, price, opening):
     for level in (stop, trail):
         if np.isfinite(level) and not side * (p.stop - level) >= 0.0: p.stop = level
 
-
+# %% ../../nbs/market/00_account.ipynb #5f50eab1
 @njit(**KERNEL)
 def end_trip(lim, a, g, p, t):
     "A position returned to zero: count the round trip; a losing streak starts a cooldown."
@@ -198,13 +198,13 @@ def adverse(bar, lots):
     if bar.ok == 0.0: return bar.mark
     return bar.low if lots > 0 else bar.high
 
-
+# %% ../../nbs/market/00_account.ipynb #5554a56c
 @njit(**KERNEL, inline="always")
 def at_open(bar):
     "The open of a bar, or the last mark where it is missing."
     return bar.open if bar.ok != 0.0 else bar.mark
 
-
+# %% ../../nbs/market/00_account.ipynb #0055b47f
 @njit(**KERNEL)
 def stop_point(bar, lots, stop):
     "When on the adverse path (0 open .. 1 extreme) a stop is hit; 2.0 = not in this bar."
@@ -213,13 +213,13 @@ def stop_point(bar, lots, stop):
     if (x - stop) * lots > 0.0: return 2.0
     return max(0.0, (stop - o) / (x - o)) if x != o else 0.0
 
-
+# %% ../../nbs/market/00_account.ipynb #77245b38
 @njit(**KERNEL)
 def stop_ref(bar, lots, stop):
     "Reference price at which a stop fills: the stop, or the open where that is already beyond it."
     return bar.open if (bar.open - stop) * lots <= 0.0 else stop
 
-# %% ../../nbs/market/00_account.ipynb #5554a56c
+# %% ../../nbs/market/00_account.ipynb #355c8436
 @njit(**KERNEL)
 def _stops_at(bars, costs, sym, slots, pos, b, t, point):
     "Cash, after slippage and fee, of all stops hit exactly at `point` of the adverse path."
@@ -232,7 +232,7 @@ def _stops_at(bars, costs, sym, slots, pos, b, t, point):
             total += q * price - costs.taker * abs(q) * price
     return total
 
-
+# %% ../../nbs/market/00_account.ipynb #f15377e1
 @njit(**KERNEL)
 def liquidation_point(bars, costs, sym, cash, slots, pos, b, t):
     "First point of the adverse path at which equity no longer exceeds maintenance margin; 2.0 = never in this bar."
@@ -284,7 +284,7 @@ def gap_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
             fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, -s.lots, x.open, STOP, log)
             s.lock, s.pending = t + int(lim.lock_bars), 0
 
-
+# %% ../../nbs/market/00_account.ipynb #67911d90
 @njit(**KERNEL)
 def reductions(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Execute the reducing part of every order at the open; an order without a bar is dropped. True when entries remain."
@@ -373,7 +373,7 @@ def quiet_one(x, s, p):
     if s.lots < 0: return not (x.high >= p.stop or x.low < p.target)
     return True
 
-
+# %% ../../nbs/market/00_account.ipynb #9c1aca23
 @njit(**KERNEL, inline="always")
 def quiet(bars, costs, sym, a, slots, pos, b, t):
     "True when bar t can only move marks of account b: nothing to fill, and the adverse extremes cannot liquidate it."
@@ -407,7 +407,7 @@ def busy(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
         if point <= 1.0: liquidate(bars, costs, sym, lim, a, g, slots, pos, b, t, point, log)
     bar_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log)
 
-
+# %% ../../nbs/market/00_account.ipynb #fd5a0a12
 @njit(**KERNEL, inline="always")
 def advance(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Play bar t for account b: open, inside, end. Fills go to `log`; equity is marked at the close; return statistics are kept."
@@ -433,7 +433,7 @@ def idle(lim, slots, pos, b, t, W, j):
         if slots[b, n].lots != 0 and t - pos[b, n].opened + 1 >= lim.max_bars: return False
     return True
 
-
+# %% ../../nbs/market/00_account.ipynb #b496d27e
 @njit(**KERNEL, inline="always")
 def decide(day, sym, lim, a, g, slots, pos, b, t, sense, context, corr, on, k, W, C, j, signals, work):
     "Account limits and the gate at the close of bar t: target lots for the next open and reasons into `slots[b]`."

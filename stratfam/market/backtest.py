@@ -39,7 +39,7 @@ class Arena:
     senses: Senses # Packed gate inputs
     skipped: tuple[str, ...] # Checks that do not run because their input is absent
 
-
+# %% ../../nbs/market/02_backtest.ipynb #38b13f08
 def arena(bars: Bars, # The market
           limits: Limits | None = None, # Defaults: leverage 1, drawdown halt 25 %, daily loss 5 %
           costs: Costs | None = None, # Defaults: 10 bp fee, 2 bp slippage
@@ -71,7 +71,7 @@ def _trade_row(rows: np.ndarray, time: np.ndarray, symbols: Sequence[str], lot: 
             int(rows["t"][-1] - rows["t"][0]), float(qty[into].sum()), price(into), price(~into), pnl, pnl / spent,
             float(rows["fee"].sum()), float(rows["slippage"].sum()), CAUSES[rows["cause"][-1]] if done else "OPEN")
 
-
+# %% ../../nbs/market/02_backtest.ipynb #6f73cce5
 def trades_table(fills: np.ndarray, # Records of `account.FILL` of one account
                  time: np.ndarray, # (T,) bar times
                  symbols: Sequence[str], # (N,)
@@ -85,7 +85,7 @@ def trades_table(fills: np.ndarray, # Records of `account.FILL` of one account
         out += [_trade_row(r, time, symbols, lot) for r in np.split(mine, ends) if len(r)]
     return pd.DataFrame(out, columns=_TRADE_COLUMNS).sort_values(["opened", "symbol"], kind="stable").reset_index(drop=True)
 
-# %% ../../nbs/market/02_backtest.ipynb #6f73cce5
+# %% ../../nbs/market/02_backtest.ipynb #94b156aa
 def positions_table(lots: np.ndarray, # (T,N) int64 at each close
                     equity: np.ndarray, # (T,)
                     a: Arena, # For prices and lot sizes
@@ -98,7 +98,7 @@ def positions_table(lots: np.ndarray, # (T,N) int64 at each close
     return pd.DataFrame({"time": a.bars.time[start + t], "symbol": np.array(a.bars.symbols)[n], "qty": qty, "price": price,
                          "notional": qty * price, "weight": qty * price / equity[t], "equity": equity[t]})
 
-
+# %% ../../nbs/market/02_backtest.ipynb #dafa2906
 def gate_table(why: np.ndarray, # (T,N) int64 reason bits
                time: np.ndarray, # (T,)
                symbols: Sequence[str], # (N,)
@@ -154,7 +154,7 @@ def backtest_weights(weights: np.ndarray, # (T,N) target weights at each close; 
     if flat_end: _last_row(series[stop - 1], st.acct[0]); lots[stop - 1] = 0
     return _result(a, start, stop, series[start:stop], lots[start:stop], why[start:stop], logged(log), float(st.acct["insurance"][0]))
 
-
+# %% ../../nbs/market/02_backtest.ipynb #e89ff4f7
 def _last_row(row: np.ndarray, acct: np.void) -> None:
     "Bring the last series row up to date after the final exit."
     row[:] = [acct[k] for k in ("equity", "price_pnl", "fee", "slippage", "funding", "turnover")]
@@ -166,7 +166,7 @@ def step_accounts(bars, days, costs, sym, lims, acct, gates, slots, pos, t, aliv
     for b in range(len(t)):
         if alive[b]: advance(bars, costs[0], sym, lims[b if len(lims) > 1 else 0], acct[b], gates[b], slots, pos, b, t[b], log)
 
-
+# %% ../../nbs/market/02_backtest.ipynb #75231580
 @njit(**KERNEL, nogil=True)
 def decide_accounts(days, sym, lims, acct, gates, slots, pos, t, alive, sense, context, corr, on, W, C, signals, work):
     "Gate the wishes W, C (B,N) of every live account at the close of bar t[b]."
@@ -274,7 +274,7 @@ def _totals(acct: np.ndarray, a: Arena, T: int) -> pd.DataFrame:
     kept = {k: acct[k] for k in ("max_drawdown", "trades", "wins", "fee", "slippage", "funding", "liquidations")}
     return pd.DataFrame({"final": acct["equity"], "ret": acct["equity"] / a.capital - 1.0, "sharpe": sharpe, **kept})
 
-
+# %% ../../nbs/market/02_backtest.ipynb #507f9e9e
 def sweep(codes: np.ndarray, # (B,T) int8 signal codes: HOLD, LONG, FLAT, SHORT, decided at each close
           a: Arena, # Of one symbol
           limits: Sequence[Limits] | None = None, # One per account; the arena's for all when None
@@ -349,20 +349,20 @@ def cost_stress(weights: np.ndarray, # (T,N) wishes
         rows.append((f, b.equity[-1], b.equity[-1] / b.capital - 1.0, annual_sharpe(b)))
     return pd.DataFrame(rows, columns=["factor", "final", "ret", "sharpe"]).set_index("factor")
 
-
+# %% ../../nbs/market/02_backtest.ipynb #356abba8
 def annual_sharpe(b: Backtest) -> float:
     "Annualised Sharpe ratio of the net returns per bar (365-day year); 0 when nothing moved."
     s = float(np.std(b.ret, ddof=1)) if len(b) > 1 else 0.0
     return 0.0 if s == 0.0 else float(np.mean(b.ret)) / s * bars_per_year(b.step) ** 0.5
 
-
+# %% ../../nbs/market/02_backtest.ipynb #77c80235
 def break_even_cost(b: Backtest) -> float:
     "Cost per traded notional (fraction) at which the run would have ended where it began: (price pnl - funding) / notional traded."
     before = np.concatenate([[b.capital], b.equity[:-1]])
     traded = float((b.turnover * before).sum())
     return float(b.price_pnl.sum() - b.funding.sum()) / traded if traded > 0 else float("nan")
 
-
+# %% ../../nbs/market/02_backtest.ipynb #af9b127b
 def delayed(weights: np.ndarray, bars_late: int = 1) -> np.ndarray:
     "The same wishes, acted on some bars later."
     return np.vstack([np.full((bars_late, weights.shape[1]), np.nan), weights[:-bars_late]]) if bars_late else weights
