@@ -227,7 +227,7 @@ def add_user(x: Exchange, # The venue
            "spot": Account(key, "spot", "USDT", x.keep, x.leverage)}
     if key in x.users: raise ConfigError(f"API key {key[:8]}... exists already; give each user a key of its own.")
     x.users[key] = {"secret": secret.encode(), "passphrase": passphrase, "demo": demo, "read_only": read_only, "ips": ips,
-                    "ai_log": ai_log, "logs": [], "accounts": new, "uid": 1_000_000 + len(x.users)}
+                    "ai_log": ai_log, "logs": deque(maxlen=x.keep), "accounts": new, "uid": 1_000_000 + len(x.users)}
     x.accounts.extend(new.values())
     for a in (new["contract"], new["demo"]): x.ledger.setdefault(a.asset, dict.fromkeys(HOUSE, 0))
     pay(x, new["contract"], scaled(str(usdt), MONEY_DIGITS), "deposit", "outside")

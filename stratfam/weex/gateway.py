@@ -86,7 +86,7 @@ def reply(value: object, status: int = 200, headers: Mapping[str, str] = JSON_HE
     "A JSON response."
     return Response(status, headers, json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode())
 
-
+# %% ../../nbs/weex/07_gateway.ipynb #129d18bb
 def parameters(method: str, query: str, body: bytes) -> dict:
     "Query and JSON body as one dictionary."
     p = dict(parse_qsl(query, keep_blank_values=True)) if query else {}
@@ -153,12 +153,12 @@ def dice(seed: int | str) -> Iterator[float]:
         yield int.from_bytes(hashlib.blake2b(f"{seed}:{n}".encode(), digest_size=6).digest()) / 2**48
         n += 1
 
-
+# %% ../../nbs/weex/07_gateway.ipynb #0bde306d
 class Refused(ConnectionRefusedError):
     "No connection was made; `sent` is False: the venue saw nothing."
     sent = False
 
-# %% ../../nbs/weex/07_gateway.ipynb #0bde306d
+
 class Reset(ConnectionResetError):
     "The connection broke; the venue may have served the request."
     sent = True

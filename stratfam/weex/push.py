@@ -198,7 +198,7 @@ def moved(self: Hub, a: Account, o: dict) -> list[tuple]:
     p = a.positions.get((o["market"].symbol, o["pos"]))
     return [("positions", [position_frame(a, p)])] if p else []
 
-
+# %% ../../nbs/weex/08_push.ipynb #ce7fc358
 def public(self: Hub, m: Market, ended: bool) -> None:
     "Market data of one market to whoever subscribed."
     self.sequence[m] = self.sequence.get(m, 0) + 1

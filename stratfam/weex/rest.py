@@ -70,7 +70,7 @@ def market_of(x: Exchange, kind: str, p: dict, a: Account | None = None) -> Mark
     if m is None: raise Refusal(-1121 if kind == "contract" else -2007, "Invalid symbol." if kind == "contract" else "Symbol does not exist.")
     return m
 
-
+# %% ../../nbs/weex/04_rest.ipynb #f1d8081d
 def markets_of(x: Exchange, kind: str, p: dict) -> list[Market]:
     "The market named by `symbol`, those listed in `symbols`, or all."
     if p.get("symbol"): return [market_of(x, kind, p)]
@@ -152,7 +152,7 @@ def kline_rows(x: Exchange, m: Market, interval: str, limit: int, start: int = 0
     return [[t // 10**6, text(o, n), text(h, n), text(l, n), text(c, n), f"{v:.{m.qty_digits}f}", e // 10**6 - spot,
              f"{q / 10**n:.{n}f}", 0, "0", "0"] for t, o, h, l, c, v, q, e in candles(x, m, interval, limit, start, end)]
 
-
+# %% ../../nbs/weex/04_rest.ipynb #76402bab
 def day(x: Exchange, m: Market) -> dict: # Ticks, base volume, quote volume, ms
     "The last 24 hours."
     f, _ = feed_of(x, m)
@@ -161,7 +161,7 @@ def day(x: Exchange, m: Market) -> dict: # Ticks, base volume, quote volume, ms
     return {"open": rows[0][1], "high": max(r[2] for r in rows), "low": min(r[3] for r in rows), "last": m.last, "volume": sum(r[5] for r in rows),
             "quote": sum(r[6] for r in rows) / 10**m.price_digits, "from": rows[0][0] // 10**6, "to": millis(x)}
 
-# %% ../../nbs/weex/04_rest.ipynb #76402bab
+
 def step_of(x: Exchange, m: Market) -> str:
     "The interval name of a market's own bars, or the next coarser one."
     f, _ = feed_of(x, m)
@@ -269,7 +269,7 @@ def klines(kind: str, limits: tuple[int, int] = (100, 1000)):
         return kline_rows(x, market_of(x, kind, p), need(p, "interval"), integer(p, "limit", limits[0], 1, limits[1]))
     return handler
 
-
+# %% ../../nbs/weex/04_rest.ipynb #4f51af83
 def history_klines(x: Exchange, u: dict | None, p: dict) -> list:
     "GET /capi/v3/market/historyKlines: both bounds, or the newest window."
     start, end = integer(p, "startTime", None), integer(p, "endTime", None)
@@ -280,14 +280,14 @@ def history_klines(x: Exchange, u: dict | None, p: dict) -> list:
     if start > end: raise Refusal(-1171, "startTime cannot be greater than endTime.")
     return kline_rows(x, m, interval, limit, start * 10**6, end * 10**6)
 
-# %% ../../nbs/weex/04_rest.ipynb #9df4e91a
+
 def symbol_price(x: Exchange, u: dict | None, p: dict) -> dict:
     "GET symbolPrice."
     choice(p, "priceType", {"INDEX": 1, "MARK": 1}, default=1)
     m = market_of(x, "contract", p)
     return {"symbol": m.symbol, "price": text(m.last, m.price_digits), "time": millis(x)}
 
-
+# %% ../../nbs/weex/04_rest.ipynb #2c8536c2
 def open_interest(x: Exchange, u: dict | None, p: dict) -> dict:
     "GET openInterest: what the accounts here hold long."
     m = market_of(x, "contract", p)
@@ -305,7 +305,7 @@ def settled(x: Exchange, m: Market, start: int = 0, end: int = 2**63 - 1) -> lis
     at = np.flatnonzero((rate != 0) & f.bars.ok[:done, n] & (close >= start) & (close <= end))
     return [(int(close[i]), int(rate[i]), int(f.close[i, n])) for i in at]
 
-
+# %% ../../nbs/weex/04_rest.ipynb #5e106c36
 def funding_history(x: Exchange, u: dict | None, p: dict) -> list:
     "GET fundingRate."
     m = market_of(x, "contract", p)
@@ -332,7 +332,7 @@ def balance_row(a: Account) -> dict:
     return {"asset": a.asset, "balance": money(wallet), "availableBalance": money(max(0, available(a))), "frozen": money(a.frozen),
             "unrealizePnl": money(sum(unrealised(p) for p in a.positions.values()))}
 
-
+# %% ../../nbs/weex/04_rest.ipynb #049d3f81
 def liquidation_price(a: Account, p: dict) -> str:
     "The price at which a position would be liquidated, others standing still; 0 = none."
     m = p["market"]
@@ -387,13 +387,13 @@ def single_position(x: Exchange, u: dict, p: dict) -> list:
     a, m = futures(u), market_of(x, "contract", p)
     return [position_row(a, q) for q in a.positions.values() if q["market"] is m]
 
-# %% ../../nbs/weex/04_rest.ipynb #57daf533
+
 def commission_rate(x: Exchange, u: dict, p: dict) -> dict:
     "GET commissionRate."
     m = market_of(x, "contract", p)
     return {"symbol": m.symbol, "makerCommissionRate": rate_text(m.maker), "takerCommissionRate": rate_text(m.taker)}
 
-
+# %% ../../nbs/weex/04_rest.ipynb #0a13a8a0
 def account_config(x: Exchange, u: dict, p: dict) -> dict:
     "GET accountConfig."
     return {"canTrade": not u["read_only"], "canDeposit": True, "canWithdraw": False, "dualSidePosition": True, "updateTime": millis(x)}
@@ -406,7 +406,7 @@ def leverage_row(a: Account, m: Market) -> dict:
     return {"symbol": m.symbol, "marginType": mode, "separatedType": "COMBINED", "crossLeverage": cross, "isolatedLongLeverage": long,
             "isolatedShortLeverage": short}
 
-# %% ../../nbs/weex/04_rest.ipynb #0a13a8a0
+
 def symbol_config(x: Exchange, u: dict, p: dict) -> list:
     "GET symbolConfig."
     return [leverage_row(futures(u), m) for m in markets_of(x, "contract", p)]
@@ -416,7 +416,7 @@ def done(x: Exchange) -> dict:
     "The reply of the account-setting endpoints."
     return {"code": "200", "msg": "success", "requestTime": millis(x)}
 
-
+# %% ../../nbs/weex/04_rest.ipynb #60938673
 def margin_type(x: Exchange, u: dict, p: dict) -> dict:
     "POST marginType; separated positions are not simulated and refused."
     may_trade(u)
@@ -454,7 +454,7 @@ def position_margin(x: Exchange, u: dict, p: dict) -> dict:
     adjust_margin(x, a, _by_position_id(a, p, "isolatedPositionId"), sign * amount)
     return done(x)
 
-# %% ../../nbs/weex/04_rest.ipynb #27fd822f
+# %% ../../nbs/weex/04_rest.ipynb #41a3e306
 def auto_append(x: Exchange, u: dict, p: dict) -> dict:
     "POST modifyAutoAppendMargin: remembered and shown; the simulation never appends by itself."
     may_trade(u)
@@ -462,7 +462,7 @@ def auto_append(x: Exchange, u: dict, p: dict) -> dict:
     _by_position_id(futures(u), p, "positionId")["append"] = p["autoAppendMargin"]
     return done(x)
 
-
+# %% ../../nbs/weex/04_rest.ipynb #1b2d33e2
 def window(p: dict, days: int, both: bool = False) -> tuple[int, int]: # ms
     "startTime and endTime, checked."
     start, end = integer(p, "startTime", None), integer(p, "endTime", None)
@@ -497,7 +497,7 @@ def average(o: dict) -> int: # Ticks, half up
     unit = o["done"] * o["market"].unit
     return (2 * o["value"] + unit) // (2 * unit) if unit else 0
 
-# %% ../../nbs/weex/04_rest.ipynb #3559617b
+# %% ../../nbs/weex/04_rest.ipynb #62180a58
 def order_row(x: Exchange, o: dict) -> dict:
     "A futures order as V3 shows it."
     m, late = o["market"], o.get("stale", 0) > millis(x)
@@ -535,13 +535,13 @@ def refused(e: Refusal, client: str = "", oid: object = "0", name: str = "client
     "A refusal inside an HTTP 200."
     return {"orderId": str(oid), name: client, "success": False, "errorCode": str(e.code), "errorMessage": e.text}
 
-
+# %% ../../nbs/weex/04_rest.ipynb #bf85cd93
 def ticks(p: dict, name: str, m: Market, required: bool = False) -> int:
     "A price parameter in ticks; 0 when absent."
     if not required and p.get(name) in (None, "", "0", 0): return 0
     return scaled(need(p, name), m.price_digits, name)
 
-# %% ../../nbs/weex/04_rest.ipynb #bf85cd93
+
 def lots_of(p: dict, name: str, m: Market) -> int:
     "A quantity in lots; one finer than the grid is refused with the engine's step in the text."
     try: return scaled(need(p, name), m.qty_digits, name)
@@ -632,7 +632,7 @@ def get_order(x: Exchange, u: dict, p: dict) -> dict:
     if not visible(x, o): raise Refusal(-3200, "Order does not exist.")
     return order_row(x, o)
 
-
+# %% ../../nbs/weex/04_rest.ipynb #533ee93f
 def open_orders(x: Exchange, u: dict, p: dict) -> list:
     "GET openOrders: page from 0, ids greater than orderId."
     a = futures(u)

@@ -54,7 +54,7 @@ class Server:
         self.exchange, self.host, self.port, self.strict, self.hang = exchange, host, port, strict, hang
         self.clock, self.wall = ReplayClock(exchange.now, speed), SystemClock()
         self.door = Faulty(Gateway(exchange, limits), faults)
-        self.hub = Hub(exchange, faults)
+        self.faults, self.hub = faults, None
         self.loop, self.thread, self.failure = None, None, None
 
     @property
@@ -97,7 +97,7 @@ async def stream(self: Server, request: web.BaseRequest) -> web.StreamResponse:
         pump.cancel()
     return socket
 
-
+# %% ../../nbs/weex/09_server.ipynb #e2595bba
 async def pump(self: Server, socket: web.WebSocketResponse, session: Session) -> None:
     "Send what a session has to say until it closes."
     while not socket.closed:
@@ -111,7 +111,7 @@ Server.stream, Server.pump = stream, pump
 # %% ../../nbs/weex/09_server.ipynb #8c895277
 async def run(self: Server, ready: Callable[[], None] | None = None) -> None:
     "Serve until cancelled."
-    self.loop = asyncio.get_running_loop()
+    self.loop, self.hub = asyncio.get_running_loop(), Hub(self.exchange, self.faults)
     runner = web.ServerRunner(web.Server(self.answer, access_log=None))
     await runner.setup()
     site = web.TCPSite(runner, self.host, self.port)
@@ -122,7 +122,9 @@ async def run(self: Server, ready: Callable[[], None] | None = None) -> None:
         while True:
             advance_to(self.exchange, self.clock.now_ns())
             await asyncio.sleep(0.05)
-    finally: await runner.cleanup()
+    finally:
+        self.exchange.sinks.remove(self.hub.on_event)
+        await runner.cleanup()
 
 # %% ../../nbs/weex/09_server.ipynb #276bb65d
 def start(self: Server) -> "Server":
@@ -138,20 +140,20 @@ def start(self: Server) -> "Server":
     if self.failure: raise ConfigError(f"cannot serve on {self.host}:{self.port} ({self.failure}); choose another port.") from self.failure
     return self
 
-
+# %% ../../nbs/weex/09_server.ipynb #daa9391c
 async def run_until(self: Server, ready: Callable[[], None]) -> None:
     "`run`, ended by `stop`."
     self.task = asyncio.ensure_future(self.run(ready))
     try: await self.task
     except asyncio.CancelledError: pass
 
-# %% ../../nbs/weex/09_server.ipynb #daa9391c
+# %% ../../nbs/weex/09_server.ipynb #5738303f
 def stop(self: Server) -> None:
     "Close the port and end the thread."
     if self.thread and self.thread.is_alive(): self.loop.call_soon_threadsafe(self.task.cancel)
     if self.thread: self.thread.join(10)
 
-
+# %% ../../nbs/weex/09_server.ipynb #b9276c1f
 def call(self: Server, fn: Callable[[], Any]) -> Any:
     "Run `fn()` in the server's thread and return its result."
     async def inside(): return fn()

@@ -34,7 +34,7 @@ def spot_info(x: Exchange, u: dict | None, p: dict) -> dict:
                      "displayDigitMerge": text(1, m.price_digits), "displayNew": False, "displayHot": False})
     return {"timezone": "UTC", "serverTime": millis(x), "symbols": rows}
 
-
+# %% ../../nbs/weex/05_spot.ipynb #8278baf3
 def ticker_price(x: Exchange, u: dict | None, p: dict) -> list:
     "GET ticker/price."
     return [{"symbol": m.symbol, "price": text(m.last, m.price_digits)} for m in markets_of(x, "spot", p)]
@@ -44,7 +44,7 @@ def coins_of(u: dict) -> Account:
     "A user's spot account."
     return u["accounts"]["spot"]
 
-
+# %% ../../nbs/weex/05_spot.ipynb #c9e6bc97
 def account(x: Exchange, u: dict, p: dict) -> dict:
     "GET /api/v3/account/ (with its trailing slash)."
     a = coins_of(u)
