@@ -166,13 +166,12 @@ def end_trip(lim, a, g, p, t):
 
 # %% ../../nbs/market/00_account.ipynb #c72cfef6
 @njit(**KERNEL)
-def fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, lots, ref, cause, log):
-    "Trade `lots` signed lots of symbol n for account b at reference price `ref`; must not cross zero."
-    p, s, maker = pos[b, n], slots[b, n], cause == TARGET
-    held, qty = s.lots, lots * sym[n].lot
-    price = fill_price(costs, ref, qty, bars[t, n].volume, maker)
+def fill(costs, y, lim, a, g, s, p, x, b, t, n, lots, ref, cause, log):
+    "Trade `lots` signed lots of symbol n (records y, s, p, x: symbol, slot, position, bar) for account b at `ref`; must not cross zero."
+    maker, held, qty = cause == TARGET, s.lots, lots * y.lot
+    price = fill_price(costs, ref, qty, x.volume, maker)
     fee = ((costs.maker if maker else costs.taker) + (costs.liq_fee if cause == LIQUIDATION else 0.0)) * abs(qty) * price
-    a.price_pnl += held * sym[n].lot * (ref - p.last)
+    a.price_pnl += held * y.lot * (ref - p.last)
     p.last = ref
     a.cash -= qty * price + fee
     a.fee += fee
@@ -261,12 +260,12 @@ def liquidate(bars, costs, sym, lim, a, g, slots, pos, b, t, point, log):
     for n in range(slots.shape[1]):
         L, stop = slots[b, n].lots, pos[b, n].stop
         if L != 0 and stop_point(bars[t, n], L, stop) < point:
-            fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, -L, stop_ref(bars[t, n], L, stop), STOP, log)
+            fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, -L, stop_ref(bars[t, n], L, stop), STOP, log)
     for n in range(slots.shape[1]):
         s, o = slots[b, n], at_open(bars[t, n])
         if s.lots != 0:
             at = o + point * (adverse(bars[t, n], s.lots) - o)
-            fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, -s.lots, at, LIQUIDATION, log)
+            fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, -s.lots, at, LIQUIDATION, log)
             s.lock = t + int(lim.lock_bars)
         s.pending = 0
     a.liquidations += 1
@@ -281,7 +280,7 @@ def gap_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     for n in range(slots.shape[1]):
         s, x = slots[b, n], bars[t, n]
         if s.lots != 0 and x.ok != 0.0 and (x.open - pos[b, n].stop) * s.lots <= 0.0:
-            fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, -s.lots, x.open, STOP, log)
+            fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, -s.lots, x.open, STOP, log)
             s.lock, s.pending = t + int(lim.lock_bars), 0
 
 # %% ../../nbs/market/00_account.ipynb #67911d90
@@ -299,7 +298,7 @@ def reductions(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
         down = 0
         if L != 0 and (L > 0) != (P > 0): down = -L
         elif abs(P) < abs(L): down = P - L
-        if down != 0: fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, down, x.open, max(pos[b, n].cause, POLICY_ORDER), log)
+        if down != 0: fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, down, x.open, max(pos[b, n].cause, POLICY_ORDER), log)
         remain = remain or s.lots != P
     return remain
 
@@ -322,7 +321,7 @@ def entries(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
         if f < 1.0: d = lots_in(f * abs(d), 1.0) * (1 if d > 0 else -1)
         q = abs(d) * sym[n].lot
         if d != 0 and q >= sym[n].min_qty and q * o >= sym[n].min_notional:
-            fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, d, o, POLICY_ORDER, log)
+            fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, d, o, POLICY_ORDER, log)
         s.pending = s.lots
 
 # %% ../../nbs/market/00_account.ipynb #a2050e9c
@@ -340,7 +339,7 @@ def bar_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
             part = lots_in(lim.take_fraction * abs(L), 1.0) * (1 if L > 0 else -1)
             p.target = np.nan
         if part == 0: continue
-        fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, -part, price, kind, log)
+        fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, -part, price, kind, log)
         if kind == STOP: s.lock = t + int(lim.lock_bars)
         s.pending = s.lots
 
@@ -470,6 +469,6 @@ def close_out(bars, costs, sym, lims, acct, gates, slots, pos, b, t, log):
     lim, a = lims[b if len(lims) > 1 else 0], acct[b]
     for n in range(slots.shape[1]):
         s = slots[b, n]
-        if s.lots != 0: fill(bars, costs[0], sym, lim, a, gates[b], slots, pos, b, t, n, -s.lots, bars[t, n].mark, END_EXIT, log)
+        if s.lots != 0: fill(costs[0], sym[n], lim, a, gates[b], s, pos[b, n], bars[t, n], b, t, n, -s.lots, bars[t, n].mark, END_EXIT, log)
         s.pending = 0
     a.equity = a.cash
