@@ -101,7 +101,7 @@ def linears(*modules: torch.nn.Module) -> list[tuple[np.ndarray, np.ndarray]]:
     found = [m for module in modules for m in module.modules() if isinstance(m, torch.nn.Linear)]
     return [(m.weight.detach().numpy().T.copy(), m.bias.detach().numpy().copy()) for m in found]
 
-
+# %% ../../nbs/policies/01_sb3.ipynb #15e7806f
 def actor_of(model: BaseAlgorithm) -> tuple[tuple, str, np.ndarray | None]: # Layers, head, spread: as `Network` takes them
     "The actor of a trained model."
     p = model.policy
@@ -168,7 +168,7 @@ def _spec(self: SB3Fit, task: Task, train: Sequence[tuple[int, int]]) -> Observa
     scaler = None if self.scaling == "none" else fit_scaler(task.features, train, names, self.scaling)
     return ObservationSpec(names, self.window, scaler, self.account)
 
-
+# %% ../../nbs/policies/01_sb3.ipynb #9cb0fc55
 def _model(self: SB3Fit, env: VecEnv, seed: int) -> BaseAlgorithm:
     "The library's learner, ready to learn."
     a = ALGORITHMS[self.algo]
