@@ -55,7 +55,7 @@ def test_a_day_of_futures(server):
     window = ex.fetch_ohlcv(PERP, "1h", since=rows[1][0], params={"historical": True, "until": rows[2][0]})
     assert window == rows[1:3]
     assert ex.fetch_order_book(PERP)["asks"][0][0] == pytest.approx(rows[-1][4] * 1.0001, abs=0.11)
-    assert ex.fetch_ticker(PERP)["last"] == rows[-1][4] and ex.fetch_funding_rate(PERP)["info"]["collectCycle"] == 480
+    assert ex.fetch_ticker(PERP)["last"] == rows[-1][4] and int(ex.fetch_funding_rate(PERP)["info"]["collectCycle"]) == 480
     assert ex.fetch_balance({"type": "swap"})["USDT"]["total"] == 10_000
 
     ex.set_margin_mode("cross", PERP)
