@@ -10,6 +10,7 @@ from stratfam.weex.server import Server
 
 ccxt = pytest.importorskip("ccxt")
 KEYS = {"apiKey": "weex_test_key_0000000000000001", "secret": "test-secret-not-real-0123456789abcdef", "password": "testpass123"}
+RECENT = tuple(int(v) for v in ccxt.__version__.split(".")) >= (4, 5, 90)
 PERP, SPOT, HOUR = "BTC/USDT:USDT", "BTC/USDT", 3600
 
 
@@ -55,10 +56,10 @@ def test_a_day_of_futures(server):
     window = ex.fetch_ohlcv(PERP, "1h", since=rows[1][0], params={"historical": True, "until": rows[2][0]})
     assert window == rows[1:3]
     assert ex.fetch_order_book(PERP)["asks"][0][0] == pytest.approx(rows[-1][4] * 1.0001, abs=0.11)
-    assert ex.fetch_ticker(PERP)["last"] == rows[-1][4] and ex.fetch_funding_rate(PERP)["info"]["collectCycle"] == 480
+    assert ex.fetch_ticker(PERP)["last"] == rows[-1][4] and int(ex.fetch_funding_rate(PERP)["info"]["collectCycle"]) == 480
     assert ex.fetch_balance({"type": "swap"})["USDT"]["total"] == 10_000
 
-    ex.set_margin_mode("cross", PERP)
+    if RECENT: ex.set_margin_mode("cross", PERP)  # older versions take the reply's "success" for an error
     assert ex.set_leverage(10, PERP, {"marginMode": "cross"})["crossLeverage"] == "10"
     assert ex.fetch_leverage(PERP)["longLeverage"] == 10
     with pytest.raises(ccxt.InvalidOrder, match="-3313"): ex.set_leverage(1000, PERP)
@@ -154,7 +155,7 @@ def test_wrong_secret_and_lost_answers(server):
 
 def test_sandbox(server):
     ex = pointed(ccxt.weex, server)
-    if not ex.has["sandbox"]: pytest.skip(f"ccxt {ccxt.__version__} has no weex sandbox; 4.5.90 has")
+    if not RECENT: pytest.skip(f"ccxt {ccxt.__version__} has no weex sandbox; 4.5.90 has")
     ex.set_sandbox_mode(True)
     ex.urls["api"].update({k: server.url for k in ("public", "private", "contract", "contractPrivate")})
     x = server.exchange
