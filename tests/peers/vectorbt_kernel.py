@@ -12,7 +12,7 @@ import vectorbt as vbt
 
 folder = Path(sys.argv[1])
 load = lambda name: np.load(folder / f"{name}.npy")
-RULES = dict(sl_stop=0.02, tp_stop=0.04, fees=0.001, init_cash=1e4, freq="5min")
+RULES = dict(sl_stop=0.02, tp_stop=0.04, fees=0.001, init_cash=1e4, freq="5min", stop_entry_price="fillprice")
 
 
 def one():
