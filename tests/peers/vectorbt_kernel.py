@@ -21,7 +21,7 @@ def one():
                                     entries=prices["entries"], exits=prices["exits"], **RULES)
     took = time.perf_counter() - started
     r = pf.trades.records
-    return dict(seconds=took, final=float(pf.final_value()), trades=int((r["status"] == 1).sum()), exits=r["exit_idx"].tolist(), entries=r["entry_idx"].tolist())
+    return dict(seconds=took, final=float(pf.final_value()), trades=int((r["status"] == 1).sum()), exits=r["exit_idx"].tolist())
 
 
 def sweep():
