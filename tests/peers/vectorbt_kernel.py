@@ -12,7 +12,7 @@ import vectorbt as vbt
 
 folder = Path(sys.argv[1])
 load = lambda name: np.load(folder / f"{name}.npy")
-RULES = dict(sl_stop=0.02, tp_stop=0.04, fees=0.001, init_cash=1e4, freq="5min")
+RULES = dict(sl_stop=0.02, tp_stop=0.04, fees=0.001, init_cash=1e4, freq="5min", stop_entry_price="fillprice")
 
 
 def one():
@@ -21,8 +21,7 @@ def one():
                                     entries=prices["entries"], exits=prices["exits"], **RULES)
     took = time.perf_counter() - started
     r = pf.trades.records
-    return dict(seconds=took, final=float(pf.final_value()), trades=int((r["status"] == 1).sum()), exits=r["exit_idx"].tolist(),
-                entries=r["entry_idx"].tolist())
+    return dict(seconds=took, final=float(pf.final_value()), trades=int((r["status"] == 1).sum()), exits=r["exit_idx"].tolist())
 
 
 def sweep():
