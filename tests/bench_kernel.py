@@ -161,8 +161,8 @@ def one_rows(rounds=7, T=1_000_000):
     agree = closed == last["trades"] and abs(equity / last["final"] - 1) <= 1e-9 and np.array_equal(ends, last["exits"][:closed])
     apart = abs(equity / last["final"] - 1)
     return [*rows, row(what, ours, "s", ">= 5x", bool(other / ours >= 5 and agree), other / ours, "vectorbt", version),
-            row(f"the same: final equity apart (all {closed:,} closed trades equal: {agree})", apart, "relative", "<= 1e-9", bool(agree), None, "vectorbt",
-                version)]
+            row(f"the same: final equity apart (all {closed:,} closed trades equal: {agree})", apart, "relative", "<= 1e-9", bool(agree),
+                None, "vectorbt", version)]
 
 
 def sweep_arena(T):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW_MS', 'STATUS', 'JSON_HEADERS', 'ROUTES', 'FAULTS', 'STREAM_FAULTS', 'signature', 'identify', 'Limits', 'reply',
-           'parameters', 'Gateway', 'dice', 'Refused', 'Reset', 'NoAnswer', 'FaultPlan', 'swarm', 'Faulty',
+           'parameters', 'skewed', 'Gateway', 'dice', 'Refused', 'Reset', 'NoAnswer', 'FaultPlan', 'swarm', 'Faulty',
            'InProcessTransport']
 
 # %% ../../nbs/weex/07_gateway.ipynb #1659a450
@@ -14,7 +14,10 @@ import hmac
 import json
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
+
+import numpy as np
 
 from ..core import Clock, Response, known
 from .exchange import Exchange, Refusal, advance_to, cancel
@@ -97,6 +100,13 @@ def parameters(method: str, query: str, body: bytes) -> dict:
     return {**p, **sent}
 
 # %% ../../nbs/weex/07_gateway.ipynb #17dec9a4
+def skewed(answer: Mapping[str, Any], ms: int) -> dict[str, Any]:
+    "A time reply of either dialect from a clock that is off by `ms`: every spelling of the moment moves."
+    out = {k: v + ms if isinstance(v, int) else v for k, v in answer.items()}
+    if "epoch" in answer: out["epoch"], out["iso"] = f"{out['timestamp'] / 1000:.3f}", f"{np.datetime64(out['timestamp'], 'ms')}Z"
+    return out
+
+# %% ../../nbs/weex/07_gateway.ipynb #6db9313b
 class Gateway:
     "An exchange with a door: `handle` takes raw requests."
     def __init__(self, x: Exchange, limits: Limits | None = None):
@@ -128,7 +138,7 @@ class Gateway:
                 if wait: return reply({"code": 429, "msg": "Too many requests"}, 429, {**JSON_HEADERS, "retry-after": str(wait)})
             answer = handler(x, u, parameters(method, query, body))
         except Refusal as e: return self.refuse(e, old)
-        if skew_ms and path.endswith("/time"): answer = {k: v + skew_ms for k, v in answer.items()}
+        if skew_ms and path.endswith("/time"): answer = skewed(answer, skew_ms)
         return reply(answer)
 
     def refuse(self, e: Refusal, old: bool) -> Response:
