@@ -108,15 +108,16 @@ class Plan:
     embargo: str = "2d" # After each test block
     holdout: float = 0.15 # Share of the bars, cut before anything else
     target: float = 2.0 # Sharpe ratio hoped for, declared ahead
-    extra: tuple[str, ...] = ("return_168", "volatility_168") # Features for the rules
+    features: tuple[str, ...] | None = None # None: the house's default set, and what the rules need
+    window: int = 0 # Longest window of a rule, in bars: it looks back further than its features say
 
 # %% ../nbs/demo.ipynb #f4d231ec
 def prepare(bars: Bars, plan: Plan) -> tuple[Task, Features, int]:
     "Features of all bars, the task without the hold-out, and the row where the hold-out begins."
-    names = DEFAULT if bars.ohl_known else CLOSE_ONLY
-    features = build(bars, (*names, *(n for n in plan.extra if n not in names)))
-    cut = int(len(bars) * (1.0 - plan.holdout))
-    return Task(bars[:cut], features[:cut], plan.limits, plan.costs), features, cut
+    names = plan.features or (*(DEFAULT if bars.ohl_known else CLOSE_ONLY), "return_168", "volatility_168")
+    features, cut = build(bars, names), int(len(bars) * (1.0 - plan.holdout))
+    task = Task(bars[:cut], features[:cut], plan.limits, plan.costs, lookback=features.warmup + plan.window)
+    return task, features, cut
 
 # %% ../nbs/demo.ipynb #aa75a7c6
 def causality(bars: Bars, names: Sequence[str], rows: int = 2_500) -> pd.DataFrame:
@@ -266,7 +267,8 @@ def planted_market(years: int = 8) -> Market:
     world = make_world("momentum", n_bars=365 * years, n_symbols=3, step="1d", seed=0, market="perp", start="2014-01-01", edge=4.0, seen_by="prices")
     source = f"synthetic world 'momentum', seed 0, attainable Sharpe {world.truth.attainable:.1f} before costs"
     found = Found(world.bars, source, True, quality(world.bars))
-    plan = Plan(limits_from(max_drawdown=0.6, daily_loss=None), Costs(taker=0.0006, maker=0.0002, slippage_bps=2.0), embargo="10d", extra=())
+    costs = Costs(taker=0.0006, maker=0.0002, slippage_bps=2.0)
+    plan = Plan(limits_from(max_drawdown=0.6, daily_loss=None), costs, embargo="10d", features=("return_1",), window=60)
     fits = {"cash": baseline("cash"), "buy and hold": baseline("buy_and_hold"), "equal weight": baseline("equal_weight")}
     fits |= {f"trend {n} days": baseline("momentum", bars=n, entry=0.0) for n in (10, 20, 40, 60)}
     fits |= {f"reversal {n} days": baseline("mean_reversion", bars=n, entry=0.5) for n in (10, 40)}
