@@ -42,6 +42,9 @@ docs: setup-all ## the documentation site, offline, in _docs/html
 readme: setup ## README.md from nbs/index.ipynb
 	$(PY) -W ignore tools/build_docs.py --readme
 
+picture: setup ## the README's picture, from the newest run of the demo (or RUN=folder)
+	cp "$${RUN:-$$(ls -d reports/runs/*-demo-* | tail -n 1)}/validation_results.png" nbs/images/demo.png
+
 export: setup ## clean the notebooks, then write stratfam/ from them
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
 
@@ -67,4 +70,4 @@ clean: ## remove everything that can be made again, the environment included
 	rm -rf $(VENV) _proc _docs .pytest_cache .ruff_cache .hypothesis .coverage build stratfam.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup setup-all demo test proof docs readme export lint drift hooks bench soak lock clean
+.PHONY: help setup setup-all demo test proof docs readme picture export lint drift hooks bench soak lock clean

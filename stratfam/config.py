@@ -118,6 +118,10 @@ class Settings(Section):
         "Where the value of `section.field` came from."
         return self._origin.get(name, "default")
 
+    def origins(self) -> dict[str, str]:
+        "Every setting that some layer named, and which one it was."
+        return dict(self._origin)
+
 # %% ../nbs/01_config.ipynb #a316bbd0
 SECTIONS = {name: field.annotation for name, field in Settings.model_fields.items()}
 

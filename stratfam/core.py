@@ -17,7 +17,7 @@ import difflib
 import hashlib
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,17 +98,17 @@ def atomic_path(path: str | Path, # The file to make or replace
     "Write to the yielded temporary path; the target appears whole, or stays as it was."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(fd)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        yield Path(tmp)
+        tmp.touch(exist_ok=False)
+        yield tmp
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     except OSError as e:
         raise StratfamError(f"{path}: could not be written ({e.strerror or e}); the old file, if any, is untouched. "
                             "Free some space or choose another folder.") from e
     finally:
-        Path(tmp).unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #04cd24aa
 def write_atomic(path: str | Path, # The file to make or replace
@@ -499,6 +499,7 @@ class Backtest:
 @dataclass(frozen=True)
 class Test:
     "One line of a verdict."
+    __test__ = False # Not a test class for pytest
     name: str # Short name, e.g. "sharpe_p"
     value: float # What was measured
     threshold: float | None # What it is compared with; None = reported only

@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -39,9 +40,9 @@ def row(name, value, unit, goal, ok, peer=None, ratio=None):
 
 def peak_megabytes(n_configs):
     "Highest resident memory of a fresh process that builds the frame and asks for PBO."
-    code = ("import resource, tests.bench_pbo as b; from stratfam.validation.pbo import pbo; "
+    code = ("import resource, bench_pbo as b; from stratfam.validation.pbo import pbo; "
             f"pbo(b.frame({n_configs}), b.S); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout)
 
 
 def bench(full: bool = False) -> list[dict]:
@@ -55,7 +56,7 @@ def bench(full: bool = False) -> list[dict]:
     matrix = np.ascontiguousarray(small.to_numpy().T)
     pbo(small, S)
     ours, theirs = float("inf"), float("inf")
-    peer_S = S if full else 4
+    peer_S = S if full else 8
     for _ in range(1 if full else 5):
         ours = min(ours, seconds(lambda: pbo(small, S), 5))
         theirs = min(theirs, seconds(lambda: peer(matrix, peer_S), 1))

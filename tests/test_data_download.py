@@ -221,6 +221,14 @@ def test_gaps_overlaps_and_late_listing(exchange, env, tmp_path):
     assert "3 gaps, the longest:" in str(report)
 
 
+def test_bars_that_are_published_late_are_asked_for_again(exchange, env, tmp_path):
+    exchange.absent = {237, 239}
+    assert get(exchange, env, tmp_path).table["bars"][0] == 238
+    exchange.absent = set()
+    report = get(exchange, env, tmp_path)
+    assert report.table["new"][0] == 1 and report.gaps["bars"].tolist() == [1] # 239 came; 237 lies behind a bar that was there
+
+
 def test_an_exchange_that_ignores_since(exchange, env, tmp_path):
     exchange.ignores_since = True
     report = get(exchange, env, tmp_path)

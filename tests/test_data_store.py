@@ -101,6 +101,7 @@ def test_two_bars_around_a_gap_are_no_wrong_length(tmp_path):
     (["31/01/2023 00:00", "31/01/2023 01:00"], "expected ISO"),
     (["2023-01-31 00:00", ""], "timestamp is"),
     (["1970-01-01 00:00", "1970-01-01 01:00"], "between 2009 and 2100"),
+    (["3000-01-01 00:00", "3000-01-01 01:00"], "between 2009 and 2100"),
 ])
 def test_written_times_are_refused(tmp_path, times, what):
     path = put(table(2).assign(timestamp=times), tmp_path / "BTCUSDT-1h.csv")
@@ -119,6 +120,18 @@ def test_every_way_to_write_a_time_means_the_same(tmp_path, make, ending):
     t = table()
     path = put(t.assign(timestamp=make(t["timestamp"])), tmp_path / f"BTCUSDT-1h.{ending}")
     pd.testing.assert_index_equal(read_file(path).index, frame().index)
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_an_empty_time_in_a_typed_column(tmp_path, unit):
+    t = pd.to_datetime(table()["timestamp"], unit="ms").dt.as_unit(unit)
+    path = put(table().assign(timestamp=t.where(t.index != 2)), tmp_path / "BTCUSDT-1h.parquet")
+    with pytest.raises(DataError, match="row 2: timestamp is empty"): read_file(path)
+
+
+def test_a_file_without_a_symbol_in_its_name(tmp_path):
+    put(table(), tmp_path / "my own data.csv")
+    with pytest.raises(DataError, match="my own data.csv: .*is not a symbol.* Rename the file"): load_bars(tmp_path)
 
 
 def test_other_peoples_files(tmp_path):

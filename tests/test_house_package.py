@@ -28,13 +28,12 @@ def run(folder, **env):
     return tuple(int(v) for v in out.stdout.split())
 
 
-def edit(folder):
+def edit(folder, module="core.py", old="    return int(n)\n", new="    return int(n) + 1\n"):
     "Change the callee, in another module than the compiled caller."
-    core = folder / "stratfam" / "core.py"
-    before = core.read_text(encoding="utf-8")
-    after = before.replace("    return int(n)\n", "    return int(n) + 1\n")
-    assert after != before
-    core.write_text(after, encoding="utf-8")
+    path = folder / "stratfam" / module
+    before = path.read_text(encoding="utf-8")
+    assert before.count(old) == 1
+    path.write_text(before.replace(old, new), encoding="utf-8")
 
 
 @pytest.fixture
@@ -58,6 +57,28 @@ def test_the_trap_is_real(package):
     assert run(package, **fixed) == (14, 0)
     edit(package)
     assert run(package, **fixed) == (14, 1)
+
+
+KERNEL_PROBE = '''
+import numpy as np
+from stratfam.core import bars_from_close
+from stratfam.market import account
+from stratfam.market.backtest import arena, backtest_weights
+
+bars = bars_from_close(np.datetime64("2024-01-01", "ns") + np.arange(40) * np.timedelta64(1, "h"), np.full((40, 1), 100.0), ["A"], "1h")
+b = backtest_weights(np.full((40, 1), 0.8), arena(bars))
+print(round(100 * b.weight[20, 0]), sum(account.run.stats.cache_hits.values()))
+'''
+
+
+@pytest.mark.proof
+def test_editing_the_gate_changes_the_kernel(package):
+    "The same with the real pair: the gate halves every wish, and the kernel, unchanged and cached, must show it."
+    (package / "stratfam" / "probe.py").write_text(KERNEL_PROBE, encoding="utf-8")
+    assert run(package) == (80, 0)
+    assert run(package) == (80, 1), "the second process must be served from the cache, or this test proves nothing"
+    edit(package, "risk/gate.py", "    return f, why\n", "    return 0.5 * f, why\n")
+    assert run(package) == (40, 0)
 
 
 def test_help_answers_in_half_a_second():

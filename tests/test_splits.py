@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import stratfam.validation.splits as sp
 from stratfam.core import ConfigError, DataError, Fold, bars_from_close
 
-QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(derandomize=True, max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 # ---- random markets -------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_equal_to_the_definition(cv, market):
 
 
 @pytest.mark.proof
-@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(splitters(), markets(120))
 def test_equal_to_the_definition_at_length(cv, market):
     assert disagreement(cv, market) is None

@@ -172,6 +172,8 @@ def test_bootstrap_is_compiled_python_and_deterministic():
     assert (counts == plain(u, 5.0)).all() and (counts.sum(1) == 90).all()
     assert (S.draw_counts(90, 20, 5.0, 3) == S.draw_counts(90, 20, 5.0, 3)).all()
     assert not (S.draw_counts(90, 20, 5.0, 3) == S.draw_counts(90, 20, 5.0, 4)).all()
+    many = S.draw_counts(90, 4000, 5.0, 0)
+    assert_allclose(many.mean(axis=0), np.ones(90), atol=0.12)  # every row is drawn equally often
     x = frame(1, 90, 3).to_numpy()
     got = S.bootstrap_sharpes(x, counts)
     for b in range(20):

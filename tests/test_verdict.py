@@ -12,8 +12,8 @@ from scipy.stats import norm
 from stratfam.core import ACCEPT, NOT_ENOUGH_DATA, REJECT, ConfigError, DataError, Env, ExportError, VirtualClock
 from stratfam.core import Test as Line
 from stratfam.validation.statistics import LookBudget, draw_counts
-from stratfam.validation.verdict import (Rule, decide, judge, max_trials, measure, n_star, power, report, verdict_from_json, verdict_html,
-                                         verdict_table, verdict_to_json, years_needed)
+from stratfam.validation.verdict import (Rule, check_holdout, check_seeds, decide, judge, max_trials, measure, n_star, power, report,
+                                         verdict_from_json, verdict_html, verdict_table, verdict_to_json, years_needed)
 
 DAY = 1 / 365**0.5
 
@@ -331,6 +331,18 @@ def test_autocorrelation_costs_years():
     assert power(2, 5, 50, autocorrelation=0.2) < power(2, 5, 50)
     with pytest.raises(ConfigError): years_needed(2, 0)
     with pytest.raises(ConfigError): years_needed(-1, 5)
+
+
+def test_open_checks_wait_and_failed_checks_reject():
+    rest = [t for t in OK if t.name != "seeds"]
+    lucky = judge(good(), hold(), changes=MOVES, checks=[*rest, check_seeds([3.0, -1.5, 0.5, 2.0, -2.0, 1.0])])[0]
+    assert lucky.decision == NOT_ENOUGH_DATA and "seeds" in lucky.next_step
+    assert any("seeds would decide" in t.meaning for t in lucky.tests) and "OPEN" in verdict_table(lucky)
+    assert judge(good(), hold(), changes=MOVES, checks=[*rest, check_seeds([-1.0] * 5)])[0].decision == REJECT
+    assert judge(good(), hold(), changes=MOVES, checks=[*rest, check_seeds([1.0, 1.1, 0.9, 1.0, 1.2])])[0].decision == ACCEPT
+    rest = [t for t in OK if t.name != "holdout_sign"]
+    for opening, want in ((1, ACCEPT), (2, REJECT)):
+        assert judge(good(), hold(), changes=MOVES, checks=[*rest, check_holdout([0.01] * 50, opening)])[0].decision == want
 
 
 def test_every_outcome_says_what_to_do():

@@ -3,6 +3,7 @@
     python tools/build_docs.py             _docs/html, offline
     python tools/build_docs.py --readme    only README.md, from nbs/index.ipynb
 """
+import importlib
 import json
 import os
 import re
@@ -33,12 +34,33 @@ def executed(path):
     return nb
 
 
+def filters():
+    """nbdev's processors, but for one: nbdev executes every cell with an import again, alone, to have names for show_doc.
+    Ours takes the names from the exported module and runs the show_doc cells only."""
+    from nbdev.config import get_config
+    from nbdev.processors import FilterDefaults, exec_show_docs
+
+    class show_docs(exec_show_docs):
+        def begin(self):
+            super().begin()
+            homes = [c.directives_["default_exp"][0] for c in self.nb.cells if "default_exp" in (getattr(c, "directives_", None) or {})]
+            for m in homes: self.k.user_ns.update(vars(importlib.import_module(f"{get_config().lib_name}.{m}")))
+
+        def __call__(self, cell):
+            if cell.cell_type == "code" and re.search(r"^show_doc", cell.source, re.M): self.k.cell(cell)
+            if self.k.exc: raise RuntimeError(f"show_doc failed: {cell.source}") from self.k.exc
+
+    class Filters(FilterDefaults):
+        def base_procs(self): return [show_docs if p is exec_show_docs else p for p in super().base_procs()]
+
+    return Filters()
+
+
 def process(path, base):
     "Execute one notebook, run nbdev's processors over it and write it to `_proc` under its page's name."
     from execnb.nbio import write_nb
-    from nbdev.processors import FilterDefaults
     nb = executed(path)
-    FilterDefaults()(nb)
+    filters()(nb)
     front = next((c.source for c in nb.cells if c.cell_type == "raw" and c.source), "")
     name = re.search(r"^output-file:\s*(\S+)\.html", front, re.M)  # nbdev names pages without number: 00_core -> core
     dest = OUT / path.relative_to(NBS).parent / ((name[1] if name else path.stem) + ".ipynb")

@@ -14,10 +14,13 @@ cpu_index=https://download.pytorch.org/whl/cpu
 say() { printf '\033[1m%s\033[0m\n' "[set-up] $*"; }
 die() { printf '[set-up] %s\n' "$@" >&2; exit 1; }
 
-# One stamp for each list of extras, keyed by everything that decides what gets installed.
-stamp_key=$(cat settings.ini setup.py constraints.txt tools/setup.sh | git hash-object --stdin)
-stamp=$venv/.stratfam-${extras//,/-}-${stamp_key:0:16}
-if [ -f "$stamp" ] && "$py" -c '' 2>/dev/null; then exit 0; fi
+# A stamp tells which extras are installed, for exactly these files; a list that holds all of ours will do.
+stamp_key=$(cat settings.ini setup.py constraints.txt tools/setup.sh | git hash-object --stdin | cut -c1-16)
+for stamp in "$venv"/.stratfam-*-"$stamp_key"; do
+    missing=no
+    for extra in ${extras//,/ }; do [[ "$stamp" == *-$extra-* ]] || missing=yes; done
+    [ -f "$stamp" ] && [ $missing = no ] && "$py" -c '' 2>/dev/null && exit 0
+done
 
 find_python() {
     local found=() c
@@ -70,6 +73,5 @@ if "$py" -m uv --version >/dev/null 2>&1; then
 else
     "$py" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]"
 fi
-rm -f "$venv"/.stratfam-"${extras//,/-}"-*
-touch "$stamp"
+touch "$venv/.stratfam-${extras//,/-}-$stamp_key"
 say "done: $(du -sh "$venv" 2>/dev/null | cut -f1) in $venv, $("$py" -c 'import torch; print("torch", torch.__version__)')"

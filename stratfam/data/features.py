@@ -69,10 +69,12 @@ def drawdown_168(close): return np.log(close / talib.MAX(close, 168))
 def _neutral(x: np.ndarray, flat: np.ndarray) -> np.ndarray: return np.where(flat, 0.0, x)
 
 def rsi(close):
+    "Relative strength, centred; 0 where nothing has moved yet."
     r = talib.RSI(close, 14)
     return _neutral((r - 50.0) / 50.0, (r == 0.0) & (close == close[0]))
 
 def cci(high, low, close):
+    "Commodity channel index; 0 where the window is flat."
     return _neutral(talib.CCI(high, low, close, 14) / 100.0, talib.MAX(high, 14) == talib.MIN(low, 14))
 
 def cci_close(close): return cci(close, close, close)
@@ -86,9 +88,11 @@ def adx(high, low, close): return talib.ADX(high, low, close, 14) / 100.0
 def di(high, low, close): return (talib.PLUS_DI(high, low, close, 14) - talib.MINUS_DI(high, low, close, 14)) / 100.0
 
 def ultosc(high, low, close):
+    "Ultimate oscillator, centred; 0 where nothing moved."
     return _neutral((talib.ULTOSC(high, low, close, 7, 14, 28) - 50.0) / 50.0, talib.MAX(talib.TRANGE(high, low, close), 7) == 0.0)
 
 def stochastic(high, low, close):
+    "Place of the close between the extremes of a day of bars, -1 to 1; 0 where they coincide."
     top, bottom = talib.MAX(high, 24), talib.MIN(low, 24)
     with np.errstate(invalid="ignore"): return _neutral(2.0 * (close - bottom) / (top - bottom) - 1.0, top == bottom)
 
@@ -98,11 +102,13 @@ TINY = 1e-8 # Volatility below one part in 1e8 per bar is a market that stands s
 def atr(high, low, close): return talib.ATR(high, low, close, 14) / close
 
 def bollinger_b(close):
+    "Place of the close in the bands, 1 = the upper; 0 where the window is flat."
     upper, mid, _ = talib.BBANDS(close, 20, 2.0, 2.0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return _neutral((close - mid) / (upper - mid), talib.MAX(close, 20) == talib.MIN(close, 20))
 
 def bollinger_width(close):
+    "Width of the bands over their middle."
     upper, mid, lower = talib.BBANDS(close, 20, 2.0, 2.0)
     return (upper - lower) / mid
 
@@ -116,11 +122,13 @@ def volatility_ratio(close): return np.log((_volatility(close, 24) + TINY) / (_v
 
 # %% ../../nbs/data/03_features.ipynb #641563bb
 def volume_z(volume):
+    "Volume against its own recent mean, in standard deviations; 0 where it never varies."
     still = talib.MAX(volume, 96) == talib.MIN(volume, 96)
     with np.errstate(invalid="ignore", divide="ignore"):
         return _neutral((volume - talib.SMA(volume, 96)) / talib.STDDEV(volume, 96), still)
 
 def obv_change(close, volume):
+    "Signed volume of a day of bars over all of it."
     signed = np.sign(np.diff(close, prepend=close[0])) * volume
     with np.errstate(invalid="ignore", divide="ignore"):
         return _neutral(talib.SUM(signed, 24) / talib.SUM(volume, 24), talib.MAX(volume, 24) == 0.0)
@@ -203,7 +211,7 @@ def _chosen(names: Sequence[str], extra: Sequence[Feature]) -> list[Feature]:
     if not names: raise ConfigError("no feature is named; pass at least one, for example names=DEFAULT.")
     return [table[n] for n in names]
 
-
+# %% ../../nbs/data/03_features.ipynb #33d2effd
 def _refuse_missing(bars: Bars, features: Sequence[Feature]) -> None:
     "Raise where the bars do not carry a column that a feature needs."
     for f in features:
@@ -214,20 +222,20 @@ def _refuse_missing(bars: Bars, features: Sequence[Feature]) -> None:
         if "funding" in f.needs and np.isnan(bars.funding[bars.ok]).any():
             raise DataError(f"feature {f.name!r} needs funding, which is unknown (NaN) for part of these bars. Download it, or omit it.")
 
-# %% ../../nbs/data/03_features.ipynb #33d2effd
+# %% ../../nbs/data/03_features.ipynb #d7454ae7
 def _column(f: Feature, run: Mapping[str, np.ndarray], n: int) -> np.ndarray:
     "One feature on one run of `n` bars, checked for shape."
     y = np.asarray(f.compute(*(run[k] for k in f.needs)), dtype="f8")
     if y.shape != (n,): raise ConfigError(f"feature {f.name!r} returned shape {y.shape} for {n} bars, expected ({n},): one number per bar.")
     return y
 
-
+# %% ../../nbs/data/03_features.ipynb #c8c8ff5c
 def _runs(ok: np.ndarray) -> list[tuple[int, int]]:
     "[start, stop) of each run of True: `core.segments` for one symbol, without cutting out its bars."
     edge = np.flatnonzero(np.diff(np.concatenate([[False], ok, [False]])))
     return list(zip(edge[::2].tolist(), edge[1::2].tolist()))
 
-
+# %% ../../nbs/data/03_features.ipynb #12875040
 def _raw(bars: Bars, features: Sequence[Feature], warmup: int = 0) -> np.ndarray:
     "(T,N,F) float64 view: each feature on each run of each symbol, NaN inside its own warm-up and inside `warmup`."
     x = np.full((len(bars.symbols), len(features), len(bars)), np.nan)
@@ -241,7 +249,7 @@ def _raw(bars: Bars, features: Sequence[Feature], warmup: int = 0) -> np.ndarray
                 if b - a > w: x[n, k, a + w:b] = _column(f, run, b - a)[w:]
     return x.transpose(2, 0, 1)
 
-
+# %% ../../nbs/data/03_features.ipynb #206a39cb
 def age(bars: Bars) -> np.ndarray: # (T,N) int64
     "Consecutive published bars of each symbol up to and including this one: 0 in a gap, 1 on the first bar after it."
     row = np.arange(1, len(bars) + 1)[:, None]
@@ -273,7 +281,7 @@ def _scale(x: np.ndarray) -> np.ndarray:
         sd = np.array([np.std(v[np.isfinite(v)]) if np.isfinite(v).any() else 1.0 for v in np.moveaxis(x, 2, 0)])
     return np.where(sd > 0, sd, 1.0)
 
-
+# %% ../../nbs/data/03_features.ipynb #077a3f2b
 def _difference(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     "|x - y|, 0 where both are NaN, infinite where only one is."
     nx, ny = ~np.isfinite(x), ~np.isfinite(y)
@@ -306,7 +314,7 @@ def _bump_last(bars: Bars) -> Bars:
     cut["funding"][-1] += 0.001
     return dataclasses.replace(bars, **cut)
 
-
+# %% ../../nbs/data/03_features.ipynb #e036b207
 def _sweep_once(bars: Bars, features: Sequence[Feature], full: np.ndarray, e: int, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Differences (rows, N, F) of the three experiments: end truncated at `e`, last bar of those changed, start truncated at `s`."
     head, tail = bars[:e], bars[s:]

@@ -158,10 +158,11 @@ def _epoch_ns(v: np.ndarray, at: Callable[[int], str]) -> np.ndarray:
 # %% ../../nbs/data/00_store.ipynb #e50a1465
 OFFSET = re.compile(r":\d\d.*?(Z|[+-]\d\d:?\d\d)$")
 
-def _text_ns(col: pd.Series, at: Callable[[int], str]) -> np.ndarray:
-    "Nanoseconds of written times, all in one offset."
+def _text_times(col: pd.Series, at: Callable[[int], str]) -> pd.DatetimeIndex:
+    "Written times, all in one offset."
     text = [str(x).strip().removesuffix(" UTC") for x in col]
-    if all(re.fullmatch(r"\d+(\.0*)?", x) for x in text): return _epoch_ns(np.array([int(x.split(".")[0]) for x in text]), at)
+    if all(re.fullmatch(r"\d+(\.0*)?", x) for x in text):
+        return pd.DatetimeIndex(_epoch_ns(np.array([int(x.split(".")[0]) for x in text]), at), tz="UTC")
     zones = [m[1] if (m := OFFSET.search(x)) else None for x in text]
     for i, z in enumerate(zones):
         if z != zones[0]:
@@ -173,22 +174,20 @@ def _text_ns(col: pd.Series, at: Callable[[int], str]) -> np.ndarray:
     if len(bad):
         raise DataError(f"{at(int(bad[0]))}: timestamp is {text[bad[0]]!r}, expected ISO such as '2023-01-31 13:00:00' or milliseconds since 1970. "
                         "Correct or remove the row.")
-    return t.dt.as_unit("ns").astype("i8").to_numpy()
+    return pd.DatetimeIndex(t)
 
 # %% ../../nbs/data/00_store.ipynb #cc4fe26f
 def _times(col: pd.Series, at: Callable[[int], str]) -> pd.DatetimeIndex:
     "A file's time column as UTC."
-    if pd.api.types.is_datetime64_any_dtype(col):
-        bad = np.flatnonzero(col.isna())
-        if len(bad): raise DataError(f"{at(int(bad[0]))}: timestamp is empty. Correct or remove the row.")
-        ns = pd.DatetimeIndex(col).as_unit("ns").asi8
-    elif pd.api.types.is_numeric_dtype(col): ns = _epoch_ns(col.to_numpy(), at)
-    else: ns = _text_ns(col, at)
-    bad = np.flatnonzero((ns < FIRST_SECOND * 10**9) | (ns >= LAST_SECOND * 10**9))
+    if pd.api.types.is_datetime64_any_dtype(col): t = pd.DatetimeIndex(col)
+    elif pd.api.types.is_numeric_dtype(col): t = pd.DatetimeIndex(_epoch_ns(col.to_numpy(), at))
+    else: t = _text_times(col, at)
+    second = t.as_unit("s").asi8 # Nanoseconds cannot hold the year 3000, and an empty time is far below 2009
+    bad = np.flatnonzero((second < FIRST_SECOND) | (second >= LAST_SECOND))
     if len(bad):
-        raise DataError(f"{at(int(bad[0]))}: timestamp is {utc_text(np.datetime64(int(ns[bad[0]]), 'ns'))}, "
-                        "expected a time between 2009 and 2100. Correct or remove the row.")
-    return pd.DatetimeIndex(ns, tz="UTC", name="time").as_unit("ns")
+        found = "empty" if t.isna()[bad[0]] else t[bad[0]]
+        raise DataError(f"{at(int(bad[0]))}: timestamp is {found}, expected a time between 2009 and 2100. Correct or remove the row.")
+    return t.as_unit("ns").tz_localize("UTC").rename("time") if t.tz is None else t.as_unit("ns").tz_convert("UTC").rename("time")
 
 # %% ../../nbs/data/00_store.ipynb #933a4a88
 FIELDS = (*PRICES, "volume")
@@ -411,7 +410,7 @@ def with_funding(bars: Bars, # Perpetual bars
     rate = np.full(bars.close.shape, np.nan)
     for k, events in funding.items():
         n = bars.symbols.index(known("symbol", k, bars.symbols))
-        if len(events): rate[:, n] = spread_funding(events, bars.time + bars.step, bars.step)
+        if len(events): rate[:, n] = spread_funding(events.sort_index(), bars.time + bars.step, bars.step)
     return replace(bars, funding=rate)
 
 # %% ../../nbs/data/00_store.ipynb #aad2f623
@@ -450,7 +449,8 @@ def _entries(path: Path) -> list[BarFile]:
     swap = m and (m["kind"] in ("perp", "futures") or re.fullmatch(r"[^\W_]+_[^\W_]+_[^\W_]+", m["symbol"]))
     market = meta.get("market") or ("perp" if swap else "spot" if m and m["kind"] == "spot" else None)
     names = wide or [meta.get("symbol") or (m["symbol"] if m else stem)]
-    return [BarFile(path, symbol_name(n), step, market, n if wide else None) for n in names]
+    try: return [BarFile(path, symbol_name(n), step, market, n if wide else None) for n in names]
+    except ConfigError as e: raise DataError(f"{path}: {e} Rename the file (or its column) after the symbol, e.g. BTCUSDT-1h.csv.") from e
 
 # %% ../../nbs/data/00_store.ipynb #2883f49a
 def scan(folder: str | Path, # A folder of bar files, or one such file

@@ -39,7 +39,7 @@ class Truth:
 
     def __reduce__(self): return Truth, tuple(getattr(self, f.name) for f in dataclasses.fields(self))
 
-
+# %% ../../nbs/data/02_worlds.ipynb #fff5176d
 @dataclass(frozen=True, eq=False)
 class World:
     "Bars, how they were drawn, and the truth about them."
@@ -66,33 +66,33 @@ class Grid(NamedTuple):
     rng: np.random.Generator # Of the price path
     extra: np.random.Generator # Of ranges and volume: their draws never move the path
 
-
+# %% ../../nbs/data/02_worlds.ipynb #3c99bba5
 def _bounded(name: str, value: float, low: float, high: float) -> float:
     "`value` as a float if it lies in [low, high], else a refusal."
     if not (isinstance(value, (int, float, np.integer, np.floating)) and low <= value <= high):
         raise ConfigError(f"{name} is {value!r}, expected a number from {low:g} to {high:g}.")
     return float(value)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #ad6a8f7b
 def normals(rng: np.random.Generator, T: int, N: int, rho: float) -> np.ndarray: # (T,N) float64
     "Standard normals, independent over time, with correlation `rho` between any two symbols."
     rho = _bounded("correlation", rho, 0.0, 0.99)
     return np.sqrt(rho) * rng.standard_normal((T, 1)) + np.sqrt(1.0 - rho) * rng.standard_normal((T, N))
 
-
+# %% ../../nbs/data/02_worlds.ipynb #1ed2ce4e
 def students(rng: np.random.Generator, T: int, N: int, rho: float, df: float) -> np.ndarray: # (T,N) float64
     "Student t shocks of unit variance: normals whose scale is drawn once a bar for all symbols."
     df = _bounded("df", df, 2.5, 1000.0)
     return normals(rng, T, N, rho) * np.sqrt((df - 2.0) / rng.chisquare(df, (T, 1)))
 
-
+# %% ../../nbs/data/02_worlds.ipynb #67b0a0ae
 def ar1(z: np.ndarray, phi: float) -> np.ndarray: # (T,N) like z
     "Stationary first-order autoregression of unit variance, driven by unit shocks `z`."
     gain = np.sqrt((1.0 + phi) / (1.0 - phi))
     start = np.concatenate([z[:1] / gain, z[1:]])
     return gain * pd.DataFrame(start).ewm(alpha=1.0 - phi, adjust=False).mean().to_numpy()
 
-
+# %% ../../nbs/data/02_worlds.ipynb #6c69ce64
 def _decay(g: Grid, days: float, name: str = "half_life") -> float:
     "The factor a bar by which something with this half-life in days shrinks."
     bars = _bounded(name, days, 1e-3, 1e5) * g.per_year / 365.0
@@ -113,21 +113,21 @@ class Draw(NamedTuple):
     price: np.ndarray | None = None # (N,) first open; 100 by default
     activity: np.ndarray | None = None # (T,N) factor on volume
 
-
+# %% ../../nbs/data/02_worlds.ipynb #10c05512
 def _extremes(rng: np.random.Generator, r: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "(T,N) highest and lowest log price of a Brownian bridge from 0 to `r` with standard deviation `s`."
     e = rng.standard_exponential((2, *r.shape))
     high, low = (np.sqrt(r * r + 2.0 * s * s * e[k]) for k in (0, 1))
     return 0.5 * (r + high), 0.5 * (r - low)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #74d6e9a8
 def _volume(g: Grid, r: np.ndarray, sd: np.ndarray, close: np.ndarray, activity: np.ndarray | None) -> np.ndarray:
     "(T,N) base volume: persistent, larger when prices move, blind to their direction."
     slow = ar1(normals(g.extra, g.T, g.N, 0.5), _decay(g, max(1.0, 365.0 / g.per_year)))
     size = 1e9 / g.per_year * np.exp(0.5 * slow + 0.3 * g.extra.standard_normal(r.shape))
     return size * (0.4 + np.abs(r) / np.sqrt(np.mean(sd * sd, axis=0))) * (1.0 if activity is None else activity) / close
 
-
+# %% ../../nbs/data/02_worlds.ipynb #cabf1650
 def _funding(g: Grid, time: np.ndarray) -> np.ndarray:
     "(T,N) funding paid at each bar's end: the 8-hour rate times the settlements inside (start, end] of the bar."
     if g.market == "spot": return np.zeros((g.T, g.N))
@@ -156,7 +156,7 @@ def _hold_sharpe(g: Grid, premium: float, rho: float) -> float:
     "Annual Sharpe of holding all symbols at equal risk, each with Sharpe `premium`."
     return abs(_bounded("premium", premium, -10.0, 10.0)) * float(np.sqrt(g.N / (1.0 + (g.N - 1) * rho)))
 
-
+# %% ../../nbs/data/02_worlds.ipynb #6ced7431
 def _fair(g: Grid, sd: np.ndarray, z: np.ndarray, premium: float, rho: float, regime: np.ndarray | None = None, **more: Any) -> Draw:
     "The path of a fair game with conditional standard deviation `sd` (T+1,N) and unit shocks `z` (T,N)."
     sharpe = _hold_sharpe(g, premium, rho)
@@ -164,16 +164,16 @@ def _fair(g: Grid, sd: np.ndarray, z: np.ndarray, premium: float, rho: float, re
     ret = np.log1p(drift[:-1]) - 0.5 * sd[:-1] ** 2 + sd[:-1] * z
     return Draw(ret, drift, sd, rho, sharpe, sharpe, regime, **more)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #87370a19
 def _bar_sd(g: Grid, vol: float) -> float: return _bounded("vol", vol, 1e-4, 5.0) / np.sqrt(g.per_year)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #80113594
 def gbm(g: Grid, vol: float = 0.8, correlation: float = 0.6, premium: float = 0.0) -> tuple[Bars, Truth]:
     "Geometric Brownian motion."
     sd = np.full((g.T + 1, g.N), _bar_sd(g, vol))
     return _assemble(g, _fair(g, sd, normals(g.rng, g.T, g.N, correlation), premium, correlation))
 
-# %% ../../nbs/data/02_worlds.ipynb #6ced7431
+# %% ../../nbs/data/02_worlds.ipynb #2ec2b45c
 @njit(cache=True, error_model="numpy")
 def _garch_variance(z: np.ndarray, mean: float, alpha: float, beta: float) -> np.ndarray:
     "(T+1,N) conditional variances of GARCH(1,1) with unconditional variance `mean`."
@@ -183,7 +183,7 @@ def _garch_variance(z: np.ndarray, mean: float, alpha: float, beta: float) -> np
         for n in range(N): v[t + 1, n] = (1.0 - alpha - beta) * mean + (alpha * z[t, n] * z[t, n] + beta) * v[t, n]
     return v
 
-
+# %% ../../nbs/data/02_worlds.ipynb #31b9596a
 def garch(g: Grid, vol: float = 0.8, correlation: float = 0.6, premium: float = 0.0,
           alpha: float = 0.06, beta: float = 0.92, df: float = 5.0) -> tuple[Bars, Truth]:
     "GARCH(1,1) with Student t shocks."
@@ -194,7 +194,7 @@ def garch(g: Grid, vol: float = 0.8, correlation: float = 0.6, premium: float = 
     v = _garch_variance(z, _bar_sd(g, vol) ** 2, float(alpha), float(beta))[burn:]
     return _assemble(g, _fair(g, np.sqrt(v), z[burn:], premium, correlation))
 
-# %% ../../nbs/data/02_worlds.ipynb #87370a19
+# %% ../../nbs/data/02_worlds.ipynb #38fc63b3
 @njit(cache=True, error_model="numpy")
 def _heston_variance(z: np.ndarray, v0: np.ndarray, kappa: float, theta: float, xi: float, dt: float) -> np.ndarray:
     "(T+1,N) annual variances: Euler steps with full truncation."
@@ -207,7 +207,7 @@ def _heston_variance(z: np.ndarray, v0: np.ndarray, kappa: float, theta: float, 
             v[t + 1, n] = v[t, n] + kappa * (theta - p) * dt + xi * np.sqrt(p * dt) * z[t, n]
     return np.maximum(v, 1e-6)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #166effdc
 def heston(g: Grid, vol: float = 0.8, correlation: float = 0.6, premium: float = 0.0,
            kappa: float = 8.0, xi: float = 2.5, lean: float = -0.3) -> tuple[Bars, Truth]:
     "Heston's stochastic volatility."
@@ -224,17 +224,16 @@ def heston(g: Grid, vol: float = 0.8, correlation: float = 0.6, premium: float =
 def merton(g: Grid, vol: float = 0.8, correlation: float = 0.6, premium: float = 0.0,
            intensity: float = 20.0, jump_mean: float = -0.03, jump_sd: float = 0.06) -> tuple[Bars, Truth]:
     "Merton's jump diffusion; jumps strike all symbols in the same bar."
-    rate = _bounded("intensity", intensity, 0.0, 0.5 * g.per_year) / g.per_year
+    rate = _bounded("intensity", intensity, 0.0, g.per_year) / g.per_year
     total, jump = _bar_sd(g, vol) ** 2, rate * (jump_mean**2 + _bounded("jump_sd", jump_sd, 0.0, 1.0) ** 2)
     if jump >= total:
         raise ConfigError(f"jumps alone carry {jump / total:.0%} of the variance at vol={vol:g}; lower intensity, jump_mean or jump_sd.")
     count = g.rng.poisson(rate, (g.T, 1)).astype("f8")
     jumps = count * jump_mean + np.sqrt(count) * jump_sd * normals(g.rng, g.T, g.N, correlation)
-    smooth, sd = np.sqrt(total - jump), np.full((g.T + 1, g.N), np.sqrt(total))
-    p = _fair(g, sd, normals(g.rng, g.T, g.N, correlation), premium, correlation, wiggle=np.full((g.T, g.N), smooth))
-    fair = np.log1p(p.drift[:-1]) - 0.5 * smooth**2 - rate * np.expm1(jump_mean + 0.5 * jump_sd**2)
-    shock = (p.ret - np.log1p(p.drift[:-1]) + 0.5 * total) / np.sqrt(total)
-    return _assemble(g, p._replace(ret=fair + smooth * shock + jumps))
+    z, smooth, sd = normals(g.rng, g.T, g.N, correlation), np.sqrt(total - jump), np.full((g.T + 1, g.N), np.sqrt(total))
+    p = _fair(g, sd, z, premium, correlation, wiggle=np.full((g.T, g.N), smooth))
+    taken_off = 0.5 * smooth**2 + rate * np.expm1(jump_mean + 0.5 * jump_sd**2)
+    return _assemble(g, p._replace(ret=np.log1p(p.drift[:-1]) - taken_off + smooth * z + jumps))
 
 # %% ../../nbs/data/02_worlds.ipynb #5efbcd5b
 def _chain(g: Grid, states: int, days: float) -> np.ndarray: # (T+1,) int
@@ -244,7 +243,7 @@ def _chain(g: Grid, states: int, days: float) -> np.ndarray: # (T+1,) int
     moves[0] = g.rng.integers(states)
     return np.cumsum(moves) % states
 
-
+# %% ../../nbs/data/02_worlds.ipynb #c4945844
 def regime_vol(g: Grid, vol: float = 0.8, correlation: float = 0.6, premium: float = 0.0,
                ratio: float = 2.2, days: float = 20.0) -> tuple[Bars, Truth]:
     "Three volatility regimes and no drift in any."
@@ -256,12 +255,12 @@ def regime_vol(g: Grid, vol: float = 0.8, correlation: float = 0.6, premium: flo
 # %% ../../nbs/data/02_worlds.ipynb #d6763772
 def _per_bar(g: Grid, edge: float) -> float: return _bounded("edge", edge, 0.0, 50.0) / np.sqrt(g.per_year)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #276bf0f5
 def _annual(g: Grid, mean: float, var: float) -> float:
     "Annual Sharpe of an oracle whose expected return per bar `q` has this mean and variance over time."
     return float(np.sqrt(g.per_year) * mean / np.sqrt(mean + var)) if mean > 0 else 0.0
 
-
+# %% ../../nbs/data/02_worlds.ipynb #c744bf93
 def _variance(g: Grid, edge: float, n: float, weight: float = 1.0) -> float:
     "Variance of a Gaussian drift in `n` independent directions, at work a share `weight` of the time, that gives the oracle Sharpe `edge`."
     s2 = _per_bar(g, edge) ** 2
@@ -270,7 +269,7 @@ def _variance(g: Grid, edge: float, n: float, weight: float = 1.0) -> float:
         raise ConfigError(f"an edge of {edge:g} a year is too large for bars of {step_name(g.step)}; use shorter bars or a smaller edge.")
     return s2 / room
 
-
+# %% ../../nbs/data/02_worlds.ipynb #833b97db
 def filter_sharpe(per_year: float, # Bars in a year
                   n: float, # Independent directions: symbols, or symbols - 1 for a cross-sectional edge
                   v: float, # Variance of the drift, in units of the shock variance
@@ -284,7 +283,7 @@ def filter_sharpe(per_year: float, # Bars in a year
     u = max(v - P, 0.0)
     return float(np.sqrt(per_year * n * u / (1.0 + P + 2.0 * u)))
 
-
+# %% ../../nbs/data/02_worlds.ipynb #2312cf9b
 def _oracle_edge(edge: float, seen_by: str, best: Callable[[float], float]) -> float:
     "The oracle Sharpe at which the viewer named by `seen_by` earns `edge`; `best(e)` is what prices alone yield under oracle Sharpe e."
     if known("viewer", seen_by, ("oracle", "prices")) == "oracle" or edge == 0: return edge
@@ -299,7 +298,7 @@ def _oracle_edge(edge: float, seen_by: str, best: Callable[[float], float]) -> f
                           "change the half-life or add symbols.")
     return low
 
-
+# %% ../../nbs/data/02_worlds.ipynb #0b08ddf7
 def _driven(g: Grid, s: np.ndarray, sd: np.ndarray, z: np.ndarray, rho: float, sharpe: float, attainable: float = np.nan,
             regime: np.ndarray | None = None) -> tuple[Bars, Truth]:
     "Bars whose drift is `s` standard deviations of each bar (T+1,N), with Gaussian shocks `z` (T,N)."
@@ -315,7 +314,7 @@ def _trend(g: Grid, n: float, edge: float, half_life: float, seen_by: str) -> tu
     e = _oracle_edge(edge, seen_by, best)
     return _variance(g, e, n), phi, best(e)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #d410346f
 def momentum(g: Grid, vol: float = 0.8, correlation: float = 0.0, edge: float = 3.0, half_life: float = 60.0,
              seen_by: str = "oracle") -> tuple[Bars, Truth]:
     "Autoregressive drift: what rose tends to go on rising. `half_life` in days."
@@ -324,7 +323,7 @@ def momentum(g: Grid, vol: float = 0.8, correlation: float = 0.0, edge: float = 
     z = normals(g.rng, g.T, g.N, correlation)
     return _driven(g, s, np.full_like(s, _bar_sd(g, vol)), z, correlation, _annual(g, g.N * v, 2 * g.N * v * v), best)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #9b31e267
 def decaying(g: Grid, vol: float = 0.8, correlation: float = 0.0, edge: float = 4.0, half_life: float = 60.0,
              life: float = 0.25) -> tuple[Bars, Truth]:
     "Momentum whose Sharpe halves every `life` of the sample."
@@ -335,7 +334,7 @@ def decaying(g: Grid, vol: float = 0.8, correlation: float = 0.0, edge: float = 
     z = normals(g.rng, g.T, g.N, correlation)
     return _driven(g, s, np.full_like(s, _bar_sd(g, vol)), z, correlation, _annual(g, mean, square - mean**2))
 
-
+# %% ../../nbs/data/02_worlds.ipynb #ff60adfe
 def regime_conditional(g: Grid, vol: float = 0.8, correlation: float = 0.0, edge: float = 3.0, half_life: float = 60.0,
                        ratio: float = 2.0, days: float = 60.0) -> tuple[Bars, Truth]:
     "Momentum in the wild one of two regimes, nothing in the calm one."
@@ -358,7 +357,7 @@ def _deviation(g: Grid, edge: float, phi: float) -> tuple[float, float, float]:
                           "Shorten the half-life, lower the edge or add symbols.")
     return v, share, filter_sharpe(g.per_year, g.N, v, phi, v * (1 - phi * phi), -(1 - phi) * share)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #7a2a709c
 def mean_reversion(g: Grid, vol: float = 0.8, correlation: float = 0.0, edge: float = 3.0, half_life: float = 10.0,
                    seen_by: str = "oracle") -> tuple[Bars, Truth]:
     "A deviation from a random walk that reverts. `half_life` in days."
@@ -369,7 +368,7 @@ def mean_reversion(g: Grid, vol: float = 0.8, correlation: float = 0.0, edge: fl
     z = np.sqrt(1.0 - share) * normals(g.rng, g.T, g.N, correlation) + np.sqrt(share) * eta[1:]
     return _driven(g, s, np.full_like(s, _bar_sd(g, vol)), z, correlation, _annual(g, g.N * v, 2 * g.N * v * v), best)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #5b6890dc
 def cross_sectional(g: Grid, vol: float = 0.8, correlation: float = 0.6, edge: float = 3.0, half_life: float = 60.0,
                     seen_by: str = "oracle") -> tuple[Bars, Truth]:
     "Persistent relative drifts that sum to zero over the symbols. `half_life` in days."
@@ -387,7 +386,7 @@ def regime_drift(g: Grid, vol: float = 0.8, correlation: float = 0.6, edge: floa
     s = np.repeat(size * (2.0 * regime - 1.0)[:, None], g.N, axis=1)
     return _driven(g, s, np.full_like(s, _bar_sd(g, vol)), normals(g.rng, g.T, g.N, correlation), correlation, edge, regime=regime)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #8ffceeee
 def _burst_clock(g: Grid, length: int, rate: float) -> np.ndarray: # (T+1,) int
     "Bars left in the burst that rules bar t, `length` at its start, 0 outside."
     left, t = np.zeros(g.T + 1, int), int(g.rng.geometric(rate)) - 1
@@ -397,7 +396,7 @@ def _burst_clock(g: Grid, length: int, rate: float) -> np.ndarray: # (T+1,) int
         t += length + int(g.rng.geometric(rate))
     return left
 
-
+# %% ../../nbs/data/02_worlds.ipynb #343311a6
 def drift_burst(g: Grid, vol: float = 0.8, correlation: float = 0.6, edge: float = 1.0, hours: float = 24.0,
                 per_year: float = 24.0, alpha: float = 0.65, beta: float = 0.25) -> tuple[Bars, Truth]:
     "Rare one-way runs whose drift and volatility explode."
@@ -432,12 +431,12 @@ def _season(g: Grid) -> np.ndarray: # (T+1,) mean square 1 over a week
     h, d = np.meshgrid(np.arange(24) + 0.5, np.arange(7))
     return shape(hour, weekday) / np.sqrt(np.mean(shape(h, d) ** 2))
 
-
+# %% ../../nbs/data/02_worlds.ipynb #171c1fd2
 def _log_vol(g: Grid, name: str, size: float, days: float) -> np.ndarray: # (T+1,N)
     "One component of log volatility: standard deviation `size`, half-life `days` (at least a bar), mostly common to all symbols."
     return _bounded(name, size, 0.0, 1.0) * ar1(normals(g.rng, g.T + 1, g.N, 0.8), _decay(g, max(days, 365.0 / g.per_year)))
 
-
+# %% ../../nbs/data/02_worlds.ipynb #348f887b
 def crypto_like(g: Grid, vol: float = 0.9, correlation: float = 0.7, premium: float = 0.0,
                 slow: float = 0.35, fast: float = 0.35, df: float = 5.0) -> tuple[Bars, Truth]:
     "A fair game with the stylised facts of crypto markets."
@@ -455,7 +454,7 @@ def _shape(bars: Bars) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         parts = np.log(bars.open / last), np.log(bars.close / bars.open), np.log(bars.high / bars.open), np.log(bars.low / bars.open)
     return tuple(np.nan_to_num(p, nan=0.0) for p in parts)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #e417b2a7
 def _rebuild(first: np.ndarray, gap: np.ndarray, body: np.ndarray, high: np.ndarray, low: np.ndarray, ok: np.ndarray) -> dict[str, np.ndarray]:
     "The four prices of bars with these log shapes, NaN where not ok."
     close = np.log(first) + np.cumsum(gap + body, axis=0)
@@ -465,7 +464,7 @@ def _rebuild(first: np.ndarray, gap: np.ndarray, body: np.ndarray, high: np.ndar
     prices["low"] = np.minimum(np.exp(open_ + low), np.minimum(prices["open"], prices["close"]))
     return {k: np.where(ok, prices[k], np.nan) for k in PRICES}
 
-
+# %% ../../nbs/data/02_worlds.ipynb #44068217
 def placebo_bars(bars: Bars, # Real bars; gaps stay where they are
                  seed: int, # Of the coin
                 ) -> Bars: # Same grid, sizes, ranges, volume; no direction
@@ -477,7 +476,7 @@ def placebo_bars(bars: Bars, # Real bars; gaps stay where they are
     new = _rebuild(_first_open(bars), sign * gap, sign * body - fair, np.where(flip, -low, high), np.where(flip, -high, low), bars.ok)
     return dataclasses.replace(bars, **new)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #6b0e2553
 def _first_open(bars: Bars) -> np.ndarray:
     "(N,) the first published open of each symbol."
     for n, s in enumerate(bars.symbols):
@@ -486,11 +485,12 @@ def _first_open(bars: Bars) -> np.ndarray:
 
 # %% ../../nbs/data/02_worlds.ipynb #dca030e2
 def _levels(size: np.ndarray, half_life: float, strata: int) -> np.ndarray: # (M,) int
-    "Which of `strata` equal classes the trailing average of `size`, up to the bar before, falls in."
-    trailing = pd.Series(size).ewm(halflife=half_life).mean().shift(1).bfill().to_numpy()
-    return np.argsort(np.argsort(trailing, kind="stable"), kind="stable") * strata // len(size)
+    "Which of `strata` equal classes the smoothed `size` falls in; the smoother looks both ways, for it describes and does not predict."
+    s = pd.Series(size)
+    smooth = s.ewm(halflife=half_life).mean() + s[::-1].ewm(halflife=half_life).mean()[::-1]
+    return np.argsort(np.argsort(smooth.to_numpy(), kind="stable"), kind="stable") * strata // len(size)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #92edfe86
 def _blocks(rng: np.random.Generator, T: int, M: int, mean: float) -> np.ndarray: # (T,) int
     "Row numbers of a stationary bootstrap: runs of geometric length from random starts, around the end."
     new = rng.random(T) < 1.0 / mean
@@ -499,7 +499,7 @@ def _blocks(rng: np.random.Generator, T: int, M: int, mean: float) -> np.ndarray
     start = rng.integers(0, M, len(begin)) - begin
     return (np.repeat(start, np.diff(np.append(begin, T))) + np.arange(T)) % M
 
-
+# %% ../../nbs/data/02_worlds.ipynb #8ce80620
 def _pick(rng: np.random.Generator, level: np.ndarray, path: np.ndarray, strata: int) -> np.ndarray: # (T,) int
     "For each bar of the path one random row of the same level."
     order, count = np.argsort(level, kind="stable"), np.bincount(level, minlength=strata)
@@ -520,7 +520,7 @@ def bootstrap_bars(bars: Bars, # Real bars; rows in which a symbol is missing ar
     strata = max(1, min(int(strata), len(rows) // 20))
     gap, body, high, low = (p[rows] for p in _shape(bars))
     rng, day = np.random.default_rng([zlib.crc32(b"bootstrap"), seed]), bars_per_year(bars.step) / 365.0
-    level = _levels(np.abs(gap + body).mean(axis=1), max(day, 1.0), strata)
+    level = _levels(np.abs(gap + body).mean(axis=1), max(day / 3.0, 1.0), strata)
     mean = np.stack([np.log(np.exp(gap + body)[level == k].mean(axis=0)) for k in range(strata)])
     i = _pick(rng, level, _blocks(rng, T, len(rows), max(1.0, block_days * day)), strata)
     ok = np.ones((T, len(bars.symbols)), bool)
@@ -540,7 +540,7 @@ def _source(g: Grid, source: Bars | None, exact: bool) -> Bars:
     if exact and len(source) != g.T: raise ConfigError(f"source has {len(source)} bars, the world {g.T}; pass n_bars={len(source)}.")
     return source
 
-
+# %% ../../nbs/data/02_worlds.ipynb #7a52fcf6
 def _redrawn(bars: Bars) -> tuple[Bars, Truth]:
     "The truth of a martingale made from real bars: mean zero, deviation and correlation as sampled."
     r = pd.DataFrame(np.log(bars.close)).diff()
@@ -548,12 +548,12 @@ def _redrawn(bars: Bars) -> tuple[Bars, Truth]:
     np.fill_diagonal(corr, 1.0)
     return bars, Truth(np.zeros(bars.close.shape), np.broadcast_to(sd, bars.close.shape), corr, 0.0, 0.0)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #09a85008
 def placebo(g: Grid, source: Bars | None = None) -> tuple[Bars, Truth]:
     "Real bars turned upside down at random."
     return _redrawn(placebo_bars(_source(g, source, True), int(g.rng.integers(2**31))))
 
-
+# %% ../../nbs/data/02_worlds.ipynb #31d7ae9e
 def bootstrap(g: Grid, source: Bars | None = None, block_days: float = 10.0, strata: int = 50) -> tuple[Bars, Truth]:
     "Real bars redrawn: volatility clusters, direction is gone."
     return _redrawn(bootstrap_bars(_source(g, source, False), int(g.rng.integers(2**31)), g.T, block_days, strata))
@@ -569,13 +569,13 @@ class WorldKind(NamedTuple):
         "The parameters a user may set."
         return {k: p.default for k, p in list(inspect.signature(self.make).parameters.items())[1:]}
 
-
+# %% ../../nbs/data/02_worlds.ipynb #24dc99cd
 WORLDS: Mapping[str, WorldKind] = MappingProxyType(
     {f.__name__: WorldKind(f, "none") for f in (gbm, garch, heston, merton, regime_vol, crypto_like, bootstrap, placebo)}
     | {f.__name__: WorldKind(f, "latent") for f in (regime_drift, drift_burst)}
     | {f.__name__: WorldKind(f, "planted") for f in (momentum, mean_reversion, cross_sectional, regime_conditional, decaying)})
 
-# %% ../../nbs/data/02_worlds.ipynb #24dc99cd
+# %% ../../nbs/data/02_worlds.ipynb #855c29f8
 def make_world(name: str, # Key of `WORLDS`
                n_bars: int = 8760, # T
                n_symbols: int = 3, # N
@@ -598,7 +598,7 @@ def make_world(name: str, # Key of `WORLDS`
     bars, truth = made.make(g, **params)
     return World(bars, name, made.kind, {**made.params, **params}, int(seed), truth)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #c94d8a41
 def worlds_table() -> pd.DataFrame: # Indexed by name: kind, parameters, about
     "The registry as a table."
     rows = {n: (w.kind, ", ".join(f"{k}={v}" for k, v in w.params.items()), w.make.__doc__) for n, w in WORLDS.items()}
@@ -614,7 +614,7 @@ def oracle_weights(world: World, # Any world
     power = float(np.mean(np.sum(s * risk, axis=1))) * bars_per_year(world.bars.step)
     return risk / world.truth.sigma * (volatility / np.sqrt(power) if power > 0 else 0.0)
 
-
+# %% ../../nbs/data/02_worlds.ipynb #701ef1d6
 def gross_sharpe(bars: Bars, # Gap-free
                  weight: np.ndarray, # (T,N) decided at the close of each bar; the last row is not used
                 ) -> float: # Annual Sharpe ratio; 0 where nothing is held
@@ -630,13 +630,13 @@ def _acf(x: np.ndarray, lag: int) -> float:
     keep = np.isfinite(a) & np.isfinite(b)
     return float(np.corrcoef(a[keep], b[keep])[0, 1]) if keep.sum() > 2 else np.nan
 
-
+# %% ../../nbs/data/02_worlds.ipynb #47fef4c9
 def _hill(x: np.ndarray) -> float:
     "Tail index of |x| from its largest 2 per cent."
     top = np.sort(np.abs(x))[::-1][:max(len(x) // 50, 10) + 1]
     return float(1.0 / np.mean(np.log(top[:-1] / top[-1]))) if top[-1] > 0 else np.nan
 
-
+# %% ../../nbs/data/02_worlds.ipynb #47f157c4
 def stylised_facts(bars: Bars, # Any bars; gaps are skipped
                   ) -> pd.DataFrame: # Facts down, symbols across, and their median
     "The statistical portrait of a market, one column a symbol."

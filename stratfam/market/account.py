@@ -38,7 +38,7 @@ class Costs:
     @property
     def reserve(self) -> float: return self.taker + self.slippage_bps / 1e4
 
-
+# %% ../../nbs/market/00_account.ipynb #98ba13dd
 def stress(costs: Costs, # The costs to multiply
            factor: float, # 2.0 doubles every fee, the slippage, the impact and the default funding
           ) -> Costs: # Costs under stress; the venue's margin rules stay
@@ -50,7 +50,7 @@ def stress(costs: Costs, # The costs to multiply
 COSTS = np.dtype([(k, "f8") for k in ("taker", "maker", "slip", "impact", "funding", "maintenance", "liq_fee", "perp")])
 BAR = np.dtype([(k, "f8") for k in ("open", "high", "low", "close", "mark", "volume", "funding", "ok")]) # One cache line
 
-
+# %% ../../nbs/market/00_account.ipynb #fb5c9fb8
 class Market(NamedTuple):
     "T bars of N symbols as the kernel reads them."
     bars: np.ndarray # (T,N) records of `BAR`; `mark` = last known close
@@ -80,7 +80,7 @@ ACCOUNT = np.dtype([(k, "f8") for k in _MONEY + _STATS] + [(k, "i8") for k in ("
 POSITION = np.dtype([(k, "f8") for k in ("entry", "stop", "target", "best", "last", "trip")]
                     + [(k, "i8") for k in ("opened", "traded", "cause")])
 
-
+# %% ../../nbs/market/00_account.ipynb #3af0a2ad
 class State(NamedTuple):
     "Everything the kernel knows about B accounts of N symbols."
     acct: np.ndarray # (B,) records of `ACCOUNT`
@@ -108,13 +108,13 @@ _TIME_STOP = int(Reason.TIME_STOP)
 FILL = np.dtype([(k, "i8") for k in ("b", "t", "n", "lots", "after", "cause")]
                 + [(k, "f8") for k in ("price", "ref", "fee", "slippage", "entry", "realised", "trip")])
 
-
+# %% ../../nbs/market/00_account.ipynb #3d515176
 def new_log(capacity: int, # Fills it can hold; 0 counts only
            ) -> np.ndarray: # (capacity + 1,) records of `FILL`; `lots` of the last one counts all fills
     "An empty log."
     return np.zeros(capacity + 1, FILL)
 
-
+# %% ../../nbs/market/00_account.ipynb #4e0a53d5
 def logged(log: np.ndarray) -> np.ndarray:
     "The fills in `log`; raises if it overflowed."
     n = int(log[-1]["lots"])
@@ -154,7 +154,7 @@ def set_levels(lim, p, side, price, opening):
     for level in (stop, trail):
         if np.isfinite(level) and not side * (p.stop - level) >= 0.0: p.stop = level
 
-
+# %% ../../nbs/market/00_account.ipynb #5f50eab1
 @njit(**KERNEL)
 def end_trip(lim, a, g, p, t):
     "A position returned to zero: count the round trip; a losing streak starts a cooldown."
@@ -166,13 +166,12 @@ def end_trip(lim, a, g, p, t):
 
 # %% ../../nbs/market/00_account.ipynb #c72cfef6
 @njit(**KERNEL)
-def fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, lots, ref, cause, log):
-    "Trade `lots` signed lots of symbol n for account b at reference price `ref`; must not cross zero."
-    p, s, maker = pos[b, n], slots[b, n], cause == TARGET
-    held, qty = s.lots, lots * sym[n].lot
-    price = fill_price(costs, ref, qty, bars[t, n].volume, maker)
+def fill(costs, y, lim, a, g, s, p, x, b, t, n, lots, ref, cause, log):
+    "Trade `lots` signed lots of symbol n (records y, s, p, x: symbol, slot, position, bar) for account b at `ref`; must not cross zero."
+    maker, held, qty = cause == TARGET, s.lots, lots * y.lot
+    price = fill_price(costs, ref, qty, x.volume, maker)
     fee = ((costs.maker if maker else costs.taker) + (costs.liq_fee if cause == LIQUIDATION else 0.0)) * abs(qty) * price
-    a.price_pnl += held * sym[n].lot * (ref - p.last)
+    a.price_pnl += held * y.lot * (ref - p.last)
     p.last = ref
     a.cash -= qty * price + fee
     a.fee += fee
@@ -198,13 +197,13 @@ def adverse(bar, lots):
     if bar.ok == 0.0: return bar.mark
     return bar.low if lots > 0 else bar.high
 
-
+# %% ../../nbs/market/00_account.ipynb #5554a56c
 @njit(**KERNEL, inline="always")
 def at_open(bar):
     "The open of a bar, or the last mark where it is missing."
     return bar.open if bar.ok != 0.0 else bar.mark
 
-
+# %% ../../nbs/market/00_account.ipynb #0055b47f
 @njit(**KERNEL)
 def stop_point(bar, lots, stop):
     "When on the adverse path (0 open .. 1 extreme) a stop is hit; 2.0 = not in this bar."
@@ -213,13 +212,13 @@ def stop_point(bar, lots, stop):
     if (x - stop) * lots > 0.0: return 2.0
     return max(0.0, (stop - o) / (x - o)) if x != o else 0.0
 
-
+# %% ../../nbs/market/00_account.ipynb #77245b38
 @njit(**KERNEL)
 def stop_ref(bar, lots, stop):
     "Reference price at which a stop fills: the stop, or the open where that is already beyond it."
     return bar.open if (bar.open - stop) * lots <= 0.0 else stop
 
-# %% ../../nbs/market/00_account.ipynb #5554a56c
+# %% ../../nbs/market/00_account.ipynb #355c8436
 @njit(**KERNEL)
 def _stops_at(bars, costs, sym, slots, pos, b, t, point):
     "Cash, after slippage and fee, of all stops hit exactly at `point` of the adverse path."
@@ -232,7 +231,7 @@ def _stops_at(bars, costs, sym, slots, pos, b, t, point):
             total += q * price - costs.taker * abs(q) * price
     return total
 
-
+# %% ../../nbs/market/00_account.ipynb #f15377e1
 @njit(**KERNEL)
 def liquidation_point(bars, costs, sym, cash, slots, pos, b, t):
     "First point of the adverse path at which equity no longer exceeds maintenance margin; 2.0 = never in this bar."
@@ -261,12 +260,12 @@ def liquidate(bars, costs, sym, lim, a, g, slots, pos, b, t, point, log):
     for n in range(slots.shape[1]):
         L, stop = slots[b, n].lots, pos[b, n].stop
         if L != 0 and stop_point(bars[t, n], L, stop) < point:
-            fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, -L, stop_ref(bars[t, n], L, stop), STOP, log)
+            fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, -L, stop_ref(bars[t, n], L, stop), STOP, log)
     for n in range(slots.shape[1]):
         s, o = slots[b, n], at_open(bars[t, n])
         if s.lots != 0:
             at = o + point * (adverse(bars[t, n], s.lots) - o)
-            fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, -s.lots, at, LIQUIDATION, log)
+            fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, -s.lots, at, LIQUIDATION, log)
             s.lock = t + int(lim.lock_bars)
         s.pending = 0
     a.liquidations += 1
@@ -281,10 +280,10 @@ def gap_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     for n in range(slots.shape[1]):
         s, x = slots[b, n], bars[t, n]
         if s.lots != 0 and x.ok != 0.0 and (x.open - pos[b, n].stop) * s.lots <= 0.0:
-            fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, -s.lots, x.open, STOP, log)
+            fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, -s.lots, x.open, STOP, log)
             s.lock, s.pending = t + int(lim.lock_bars), 0
 
-
+# %% ../../nbs/market/00_account.ipynb #67911d90
 @njit(**KERNEL)
 def reductions(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Execute the reducing part of every order at the open; an order without a bar is dropped. True when entries remain."
@@ -299,7 +298,9 @@ def reductions(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
         down = 0
         if L != 0 and (L > 0) != (P > 0): down = -L
         elif abs(P) < abs(L): down = P - L
-        if down != 0: fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, down, x.open, max(pos[b, n].cause, POLICY_ORDER), log)
+        if down != 0:
+            cause = max(pos[b, n].cause, POLICY_ORDER)
+            fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, down, x.open, cause, log)
         remain = remain or s.lots != P
     return remain
 
@@ -322,7 +323,7 @@ def entries(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
         if f < 1.0: d = lots_in(f * abs(d), 1.0) * (1 if d > 0 else -1)
         q = abs(d) * sym[n].lot
         if d != 0 and q >= sym[n].min_qty and q * o >= sym[n].min_notional:
-            fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, d, o, POLICY_ORDER, log)
+            fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, d, o, POLICY_ORDER, log)
         s.pending = s.lots
 
 # %% ../../nbs/market/00_account.ipynb #a2050e9c
@@ -340,7 +341,7 @@ def bar_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
             part = lots_in(lim.take_fraction * abs(L), 1.0) * (1 if L > 0 else -1)
             p.target = np.nan
         if part == 0: continue
-        fill(bars, costs, sym, lim, a, g, slots, pos, b, t, n, -part, price, kind, log)
+        fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, -part, price, kind, log)
         if kind == STOP: s.lock = t + int(lim.lock_bars)
         s.pending = s.lots
 
@@ -373,7 +374,7 @@ def quiet_one(x, s, p):
     if s.lots < 0: return not (x.high >= p.stop or x.low < p.target)
     return True
 
-
+# %% ../../nbs/market/00_account.ipynb #9c1aca23
 @njit(**KERNEL, inline="always")
 def quiet(bars, costs, sym, a, slots, pos, b, t):
     "True when bar t can only move marks of account b: nothing to fill, and the adverse extremes cannot liquidate it."
@@ -407,7 +408,7 @@ def busy(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
         if point <= 1.0: liquidate(bars, costs, sym, lim, a, g, slots, pos, b, t, point, log)
     bar_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log)
 
-
+# %% ../../nbs/market/00_account.ipynb #fd5a0a12
 @njit(**KERNEL, inline="always")
 def advance(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Play bar t for account b: open, inside, end. Fills go to `log`; equity is marked at the close; return statistics are kept."
@@ -433,7 +434,7 @@ def idle(lim, slots, pos, b, t, W, j):
         if slots[b, n].lots != 0 and t - pos[b, n].opened + 1 >= lim.max_bars: return False
     return True
 
-
+# %% ../../nbs/market/00_account.ipynb #b496d27e
 @njit(**KERNEL, inline="always")
 def decide(day, sym, lim, a, g, slots, pos, b, t, sense, context, corr, on, k, W, C, j, signals, work):
     "Account limits and the gate at the close of bar t: target lots for the next open and reasons into `slots[b]`."
@@ -470,6 +471,6 @@ def close_out(bars, costs, sym, lims, acct, gates, slots, pos, b, t, log):
     lim, a = lims[b if len(lims) > 1 else 0], acct[b]
     for n in range(slots.shape[1]):
         s = slots[b, n]
-        if s.lots != 0: fill(bars, costs[0], sym, lim, a, gates[b], slots, pos, b, t, n, -s.lots, bars[t, n].mark, END_EXIT, log)
+        if s.lots != 0: fill(costs[0], sym[n], lim, a, gates[b], s, pos[b, n], bars[t, n], b, t, n, -s.lots, bars[t, n].mark, END_EXIT, log)
         s.pending = 0
     a.equity = a.cash

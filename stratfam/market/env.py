@@ -48,7 +48,7 @@ class Actions:
         mul, add = (0.5, 0.5) if not self.short and not self.levels else (1.0, 0.0)
         return np.array([(mul, add, -1.0 if self.short else 0.0, self.gross, np.nan if self.each is None else self.each)], ACTION)
 
-
+# %% ../../nbs/market/03_env.ipynb #a0177c81
 def actions_for(a: Arena, # The market and its limits
                 kind: Literal["continuous", "discrete"] = "continuous",
                 sizes: Sequence[float] = (1.0,), # Discrete: sizes in (0, 1]
@@ -61,7 +61,7 @@ def actions_for(a: Arena, # The market and its limits
     if known("kind of action", kind, ("continuous", "discrete")) == "continuous": return Actions(gross, each, short)
     return Actions(gross, each, short, (*(-s for s in sorted(sizes, reverse=True) if short), 0.0, *sorted(sizes)))
 
-# %% ../../nbs/market/03_env.ipynb #a0177c81
+# %% ../../nbs/market/03_env.ipynb #c313bac1
 @njit(**KERNEL)
 def write_weights(raw, act, out):
     "Target weights (B,N) float64 of the wishes raw (B,N) float32; a NaN wish stays NaN (HOLD) and takes no share."
@@ -78,20 +78,20 @@ def write_weights(raw, act, out):
         f = act.gross / max(1.0, total)
         for n in range(raw.shape[1]): out[b, n] *= f
 
-
+# %% ../../nbs/market/03_env.ipynb #93fe5efb
 def to_weights(actions: Actions, # What the numbers mean
                raw: np.ndarray, # (B,N) numbers, or level indices when discrete; never changed
               ) -> np.ndarray: # (B,N) float64 target weights
     "The weights that environment, backtest and live trading make of an action: one function, the same bits."
     return share_out(actions, as_wishes(actions, raw))
 
-
+# %% ../../nbs/market/03_env.ipynb #92460266
 def as_wishes(actions: Actions, raw: Any) -> np.ndarray: # (B,N) float32
     "Actions as numbers; level indices are looked up."
     if actions.levels: return np.array(actions.levels, "f4")[np.asarray(raw, np.int64)]
     return np.ascontiguousarray(raw, "f4")
 
-
+# %% ../../nbs/market/03_env.ipynb #e39ad7b7
 def share_out(actions: Actions, wishes: np.ndarray) -> np.ndarray: # (B,N) float64
     "Scale wishes to a book."
     r = np.ascontiguousarray(wishes, "f4")
@@ -119,7 +119,7 @@ class Reward:
         if self.scale is not None and not self.scale > 0: raise ConfigError(f"scale is {self.scale!r}, expected a positive factor or None.")
         if not (self.penalty >= 0 and self.half_life > 0): raise ConfigError("penalty must not be negative, half_life must be positive.")
 
-
+# %% ../../nbs/market/03_env.ipynb #16dd181c
 @njit(**KERNEL)
 def reward_of(rew, m, before, after, top, sd, market):
     "Reward of one account for one step; `m`: its memory, `top`: its highest equity, `sd`, `market`: volatility and log return of the basket."
@@ -156,7 +156,7 @@ def basket_volatility(bars: Bars, # The market
     vol = np.where(np.isfinite(vol), np.maximum(vol, 0.1 * sd), sd)
     return np.hstack([vol, np.nan_to_num(basket)[:, None]]), sd
 
-
+# %% ../../nbs/market/03_env.ipynb #266c59b1
 def pack_reward(reward: Reward, sd: float) -> np.ndarray: # (1,) record of `REWARD`
     "A reward for compiled code."
     scale = 1.0 / sd if reward.scale is None else reward.scale
@@ -192,7 +192,7 @@ def next_random(stream, b):
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
-
+# %% ../../nbs/market/03_env.ipynb #4a940556
 def streams(B: int, seed: int) -> np.ndarray: # (B,) uint64
     "One stream of random bits per account."
     return np.array([np.random.SeedSequence([seed, b]).generate_state(1, np.uint64)[0] for b in range(B)], np.uint64)
@@ -206,7 +206,7 @@ def restart(b, row, acct, gates, slots, pos, fresh_acct, fresh_gate, fresh_slots
     m = memory[b]
     m.mean, m.square, m.drawdown = 0.0, 1.0, 0.0
 
-
+# %% ../../nbs/market/03_env.ipynb #2f1158a7
 @njit(**KERNEL)
 def hold_through(ask, last, wait, none, bars, days, costs, sym, lims, acct, gates, slots, pos, sense, context, corr, on, C, work, log, t, alive):
     "Play the bars at which no full observation exists: every account holds until it can be asked, or until its last row."
@@ -221,7 +221,7 @@ def hold_through(ask, last, wait, none, bars, days, costs, sym, lims, acct, gate
             if wait[b]: t[b] += 1
         step_accounts(bars, days, costs, sym, lims, acct, gates, slots, pos, t, wait, log)
 
-
+# %% ../../nbs/market/03_env.ipynb #82d7e354
 @njit(**KERNEL)
 def done_for(g, slots, b):
     "True when account b is HALTED and flat: nothing can happen to it any more."
@@ -316,7 +316,7 @@ def _allocate(self: BatchEnv, N: int, D: int) -> None:
                   np.empty((B, N)), self._none, self._sure, self._work, self._log, self.t, self.last, self.alive, self._wait,
                   self.stream, self.memory, np.empty(B), np.zeros(B, np.int64), self.paid, self.terminated, self.truncated, self.final)
 
-
+# %% ../../nbs/market/03_env.ipynb #16e88c9a
 def _write(self: BatchEnv) -> np.ndarray:
     "Current observations in the buffer that was not handed out last."
     self._obs.reverse()
@@ -324,10 +324,10 @@ def _write(self: BatchEnv) -> np.ndarray:
     write_observations(self.x, w, field_codes(self.spec), a.market.bars, a.rules.sym, *self.state, np.maximum(self.t, w - 1), self._obs[0])
     return self._obs[0]
 
-
+# %% ../../nbs/market/03_env.ipynb #90cc97ae
 BatchEnv._allocate, BatchEnv._write = _allocate, _write
 
-# %% ../../nbs/market/03_env.ipynb #16e88c9a
+# %% ../../nbs/market/03_env.ipynb #929ccdcb
 def _reset(self: BatchEnv,
            seed: int | None = None, # New streams of starts; None = go on with the present ones
           ) -> np.ndarray: # (B,D) float32, first observations
@@ -344,7 +344,7 @@ def _reset(self: BatchEnv,
         self.alive &= self.t < self.last
     return self._write()
 
-
+# %% ../../nbs/market/03_env.ipynb #aa2c8aa3
 def _step(self: BatchEnv,
           action: Any, # (B,N) numbers in [-1, 1], or level indices
          ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # Observations (B,D), rewards, terminated, truncated (B,)
@@ -355,7 +355,7 @@ def _step(self: BatchEnv,
     step_batch(raw, self._obs[0], *self._tail)
     return self._obs[0], self.paid, self.terminated, self.truncated
 
-
+# %% ../../nbs/market/03_env.ipynb #01a4e5e3
 BatchEnv.reset, BatchEnv.step = _reset, _step
 
 # %% ../../nbs/market/03_env.ipynb #282ebf39
@@ -364,13 +364,13 @@ def action_space(actions: Actions, N: int) -> gymnasium.Space:
     if not actions.levels: return gymnasium.spaces.Box(-1.0, 1.0, (N,), np.float32)
     return gymnasium.spaces.MultiDiscrete([len(actions.levels)] * N)
 
-
+# %% ../../nbs/market/03_env.ipynb #43047462
 def observation_space(spec: ObservationSpec, N: int) -> gymnasium.Space:
     "A box that excludes only what is not finite."
     top = np.finfo(np.float32).max
     return gymnasium.spaces.Box(-top, top, (spec.size(N),), np.float32)
 
-
+# %% ../../nbs/market/03_env.ipynb #f5689d94
 class CryptoEnv(gymnasium.Env):
     "One account for gymnasium."
     metadata = MappingProxyType({"render_modes": []})

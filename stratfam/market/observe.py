@@ -29,7 +29,7 @@ def scaled(spec: ObservationSpec, # Names, window and scaler
         x = np.clip(x, -spec.scaler.clip, spec.scaler.clip)
     return np.ascontiguousarray(x, "f4")
 
-
+# %% ../../nbs/market/01_observe.ipynb #26d8a8d8
 def ready(x: np.ndarray, # (T,N,F) scaled features
           window: int, # Rows an observation needs
          ) -> np.ndarray: # (T,) bool
@@ -78,7 +78,7 @@ def field_codes(spec: ObservationSpec) -> np.ndarray:
     "The spec's account fields as codes for compiled code."
     return np.array([ACCOUNT_FIELDS.index(a) for a in spec.account], np.int64)
 
-
+# %% ../../nbs/market/01_observe.ipynb #74ac9c22
 def observe(spec: ObservationSpec, # What to see
             x: np.ndarray, # (T,N,F) float32 from `scaled`
             market: Market, # Packed bars
@@ -108,7 +108,7 @@ def rolling_std(r, window, out):
             for i in range(t - window + 1, t + 1): q += (r[i, n] - m) * (r[i, n] - m)
             out[t, n] = np.sqrt(q / (window - 1))
 
-
+# %% ../../nbs/market/01_observe.ipynb #0c0473ca
 @njit(**KERNEL)
 def rolling_corr(r, window, out):
     "Correlation matrices of the last `window` rows of r (T,N) into out (T,N,N); NaN until a full finite window exists."
@@ -134,7 +134,7 @@ def log_returns(bars: Bars) -> np.ndarray:
     r[1:] = np.log(bars.close[1:]) - np.log(bars.close[:-1])
     return r
 
-
+# %% ../../nbs/market/01_observe.ipynb #725349ef
 def data_age(bars: Bars) -> np.ndarray:
     "Bars since the newest datum (T,N): 0 = this bar is there; infinite before the first."
     rows = np.arange(len(bars), dtype="f8")[:, None]

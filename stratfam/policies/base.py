@@ -64,14 +64,14 @@ class Task:
 
     def __reduce__(self): return Task, tuple(getattr(self, f.name) for f in dataclasses.fields(self))
 
-
+# %% ../../nbs/policies/00_base.ipynb #4eb240bb
 def next_rows(bars: Bars) -> np.ndarray:
     "The row after each row, the last row of a gap-free run ending at itself."
     ends = np.arange(len(bars)) + 1
     for _, stop in segments(bars): ends[stop - 1] = stop - 1
     return np.minimum(ends, len(bars) - 1)
 
-
+# %% ../../nbs/policies/00_base.ipynb #8c10ce2d
 def task_arena(task: Task) -> Arena:
     "The task's market, packed for the kernel."
     return arena(task.bars, task.limits, task.costs, task.lots, task.capital, task.inputs)
@@ -83,7 +83,7 @@ class Progress(NamedTuple):
     total: int # Environment steps planned
     values: Mapping[str, float] # What the learner reports: reward, equity, entropy, ...
 
-
+# %% ../../nbs/policies/00_base.ipynb #b77d9851
 @runtime_checkable
 class Fit(Protocol):
     "A way to make a policy: frozen, picklable, described by plain data."
@@ -107,7 +107,7 @@ class Seen(NamedTuple):
     drawdown: np.ndarray | None # (B,1) from the peak
     since_trade: np.ndarray | None # (B,N) bars since the last fill, 1 = the cap
 
-
+# %% ../../nbs/policies/00_base.ipynb #a383152f
 def symbols_seen(spec: ObservationSpec, width: int) -> int:
     "How many symbols an observation of `width` numbers is about."
     one = spec.size(1) - spec.size(0)
@@ -116,7 +116,7 @@ def symbols_seen(spec: ObservationSpec, width: int) -> int:
                                         f"account fields {spec.account}.")
     return N
 
-
+# %% ../../nbs/policies/00_base.ipynb #01ac7129
 def unpack(spec: ObservationSpec, obs: np.ndarray) -> Seen:
     "Undo the flattening of `market.observe`."
     B, N = len(obs), symbols_seen(spec, obs.shape[1])
@@ -137,14 +137,14 @@ def columns_for(features: Features, # What the task computes
     if "return_1" not in features.names: known("feature", next(w for w in wanted if w not in features.names), features.names)
     return ("return_1",), max(int(w.rpartition("_")[2]) for w in wanted)
 
-
+# %% ../../nbs/policies/00_base.ipynb #008f1eb9
 def trailing_return(seen: Seen, bars: int) -> np.ndarray: # (B,N)
     "Log return of the last `bars` bars."
     name = f"return_{bars}"
     if name in seen.names: return seen.x[:, -1, :, seen.names.index(name)]
     return seen.x[:, -bars:, :, seen.names.index("return_1")].sum(axis=1)
 
-
+# %% ../../nbs/policies/00_base.ipynb #6f428454
 def trailing_volatility(seen: Seen, bars: int) -> np.ndarray: # (B,N)
     "Standard deviation per bar of the last `bars` log returns."
     name = f"volatility_{bars}"
@@ -156,26 +156,26 @@ def cash(seen: Seen): return np.zeros_like(seen.weight)
 
 def equal(seen: Seen): return np.ones_like(seen.weight)
 
-
+# %% ../../nbs/policies/00_base.ipynb #4b0becf3
 def _move(seen: Seen, bars: float) -> tuple[np.ndarray, np.ndarray]:
     "Trailing return, and the standard deviation a random walk would give it."
     return trailing_return(seen, int(bars)), trailing_volatility(seen, int(bars)) * math.sqrt(bars)
 
-
+# %% ../../nbs/policies/00_base.ipynb #0a2ec5f9
 def momentum(seen: Seen, bars: float = 24, entry: float = 1.0):
     "With moves of more than `entry` standard deviations; out where the trailing return has changed its sign."
     move, sd = _move(seen, bars)
     held = np.sign(seen.weight)
     return np.where(np.abs(move) > entry * sd, np.sign(move), np.where(held * move > 0.0, held, 0.0))
 
-
+# %% ../../nbs/policies/00_base.ipynb #4f80d378
 def mean_reversion(seen: Seen, bars: float = 24, entry: float = 1.5):
     "Against moves of more than `entry` standard deviations; out where the move has been undone."
     move, sd = _move(seen, bars)
     held = np.sign(seen.weight)
     return np.where(np.abs(move) > entry * sd, -np.sign(move), np.where(held * move < 0.0, held, 0.0))
 
-
+# %% ../../nbs/policies/00_base.ipynb #b1338b95
 def volatility_target(seen: Seen, bars: float = 24, target: float = 0.01):
     "One share where the volatility per bar is at most `target`, less in proportion above."
     return np.minimum(1.0, target / np.maximum(trailing_volatility(seen, int(bars)), 1e-12))
@@ -188,7 +188,7 @@ class RuleKind(NamedTuple):
     needs: tuple[str, ...] # Features, "{}" standing for the parameter `bars`
     parameters: Mapping[str, float] # Names and defaults
 
-
+# %% ../../nbs/policies/00_base.ipynb #b5620a5a
 RULES: Mapping[str, RuleKind] = MappingProxyType({
     "cash": RuleKind(cash, math.inf, (), {}),
     "buy_and_hold": RuleKind(equal, math.inf, (), {}),
@@ -205,7 +205,7 @@ def settle(goal: np.ndarray, # (B,N) wished weights
     "A no-trade band: same side and within `band` means stay."
     return np.where((np.sign(goal) == np.sign(weight)) & (np.abs(goal - weight) <= band), weight, goal)
 
-
+# %% ../../nbs/policies/00_base.ipynb #3a583e16
 @dataclass(frozen=True, eq=False)
 class Rule:
     "A rule as a policy: no state, no randomness, nothing fitted."
@@ -281,7 +281,7 @@ class Baseline:
 
     def config(self) -> dict[str, Any]: return {"fit": "baseline", "name": self.name, "gross": self.gross, **self.values}
 
-
+# %% ../../nbs/policies/00_base.ipynb #84bebb37
 def baseline(name: str, # One of `BASELINES`
              gross: float = 1.0, # Sum of |weight| at full size
              **options: float, # The rule's own parameters
@@ -303,7 +303,7 @@ def _fit_baseline(self: Baseline,
     if self.name == "volatility_target": p["target"] /= math.sqrt(bars_per_year(task.bars.step))
     return Rule(ObservationSpec(names, window, account=("weight",)), self.name, tuple(sorted(p.items())), self.gross, short)
 
-
+# %% ../../nbs/policies/00_base.ipynb #9fee1400
 Baseline.fit = _fit_baseline
 
 # %% ../../nbs/policies/00_base.ipynb #4f0d8231
@@ -324,7 +324,7 @@ def dense(x, w, bias, kind, out):
         elif kind == RELU:
             for j in range(len(y)): y[j] = y[j] if y[j] > 0.0 else y[j] * np.float32(0.0)
 
-
+# %% ../../nbs/policies/00_base.ipynb #cb40d57d
 def forward(layers: Sequence[tuple[np.ndarray, np.ndarray]], # (w (I,O), bias (O,)) of each layer, float32
             activation: str, # Between the layers; the last one is linear
             obs: np.ndarray, # (B,I) float32
@@ -345,17 +345,17 @@ def softmax(z: np.ndarray) -> np.ndarray:
     e = np.exp(z - z.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
-
+# %% ../../nbs/policies/00_base.ipynb #298ba235
 def sure(mean: np.ndarray, sd: np.ndarray) -> np.ndarray: # (B,N) in [0.5, 1]
     "Probability that a normal draw lies on the same side of zero as its mean."
     return ndtr(np.abs(mean) / np.maximum(sd, 1e-6))
 
-
+# %% ../../nbs/policies/00_base.ipynb #efd1f47f
 def joint_levels(L: int, N: int) -> np.ndarray: # (L**N, N) level indices, the last symbol fastest
     "Every joint choice of one of L levels for N symbols."
     return np.stack(np.unravel_index(np.arange(L**N), (L,) * N), axis=1)
 
-
+# %% ../../nbs/policies/00_base.ipynb #03c870d7
 @dataclass(frozen=True, eq=False)
 class Network:
     "A trained perceptron as a policy."
@@ -413,7 +413,7 @@ def encode(x: Any, arrays: dict[str, np.ndarray]) -> Any:
                 "fields": {f.name: encode(getattr(x, f.name), arrays) for f in dataclasses.fields(x) if f.init}}
     raise ExportError(f"a {type(x).__name__} cannot be saved as plain data; a policy is made of dataclasses, numbers, text, tuples and arrays.")
 
-
+# %% ../../nbs/policies/00_base.ipynb #f7eb44be
 def decode(x: Any, arrays: Mapping[str, np.ndarray], trust: bool = False) -> Any:
     "Undo `encode`."
     if isinstance(x, list): return [decode(v, arrays, trust) for v in x]
@@ -447,7 +447,7 @@ def versions() -> dict[str, str]:
     found = {m: getattr(sys.modules[m], "__version__", "") for m in ("numpy", "numba", "torch", "talib") if m in sys.modules}
     return {"stratfam": stratfam.__version__, "python": platform.python_version(), **found}
 
-
+# %% ../../nbs/policies/00_base.ipynb #d4fa6b2d
 def save(policy: Policy, # A dataclass whose fields are plain data
          folder: str | Path, # Made, or overwritten
          about: Mapping[str, Any] | None = None, # Anything JSON-able worth keeping: configuration, task digest, scores
@@ -467,7 +467,7 @@ def save(policy: Policy, # A dataclass whose fields are plain data
         if old.name != body["arrays"]["file"]: old.unlink()
     return folder
 
-# %% ../../nbs/policies/00_base.ipynb #d4fa6b2d
+# %% ../../nbs/policies/00_base.ipynb #de904208
 def _read_json(folder: Path) -> dict[str, Any]:
     "The checked contents of `policy.json`."
     path = folder / "policy.json"
@@ -481,7 +481,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{path}: its contents do not match its digest; it was edited or damaged. Restore it or train again.")
     return body
 
-
+# %% ../../nbs/policies/00_base.ipynb #0a84bb01
 def _read_arrays(folder: Path, entry: Mapping[str, str]) -> dict[str, np.ndarray]:
     "The checked arrays of a saved policy."
     path = folder / Path(entry["file"]).name
@@ -493,7 +493,7 @@ def _read_arrays(folder: Path, entry: Mapping[str, str]) -> dict[str, np.ndarray
         with np.load(io.BytesIO(raw), allow_pickle=False) as z: return {k: z[k] for k in z.files}
     except (ValueError, zipfile.BadZipFile) as e: raise ExportError(f"{path}: not a file of plain arrays ({e}).") from e
 
-# %% ../../nbs/policies/00_base.ipynb #de904208
+# %% ../../nbs/policies/00_base.ipynb #3140e994
 def load(folder: str | Path, # Written by `save`
          trust: bool = False, # True: classes outside stratfam may be imported
         ) -> Policy: # Decides bit for bit as the saved one
@@ -508,7 +508,7 @@ def load(folder: str | Path, # Written by `save`
         raise ExportError(f"{folder}: the loaded policy differs from the saved one; the package has changed. Train again.")
     return policy
 
-
+# %% ../../nbs/policies/00_base.ipynb #595ac54d
 def read_about(folder: str | Path) -> dict[str, Any]:
     "What was noted when a policy was saved, with its digest and the versions it was made with."
     body = _read_json(Path(folder))

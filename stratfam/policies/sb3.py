@@ -73,7 +73,7 @@ class Algorithm(NamedTuple):
     activation: Literal["tanh", "relu"]
     options: Mapping[str, Any] # Of the library's constructor
 
-
+# %% ../../nbs/policies/01_sb3.ipynb #7cb535b8
 _ON = {"gamma": 0.9, "gae_lambda": 0.0, "ent_coef": 0.0, "max_grad_norm": 0.5, "log_std_init": -1.0, "learning_rate": 1e-3}
 _OFF = {"gamma": 0.9, "batch_size": 256, "buffer_size": 50_000, "learning_starts": 2_000, "learning_rate": 1e-3, "train_freq": 1,
         "gradient_steps": 2}
@@ -82,7 +82,7 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType({
     "A2C": Algorithm(A2C, 250_000, 64, (64, 64), "tanh", {**_ON, "n_steps": 8, "use_rms_prop": False}),
     "DDPG": Algorithm(DDPG, 30_000, 16, (64, 64), "relu", _OFF),
     "TD3": Algorithm(TD3, 30_000, 16, (64, 64), "relu", _OFF),
-    "SAC": Algorithm(SAC, 30_000, 16, (64, 64), "relu", _OFF)})
+    "SAC": Algorithm(SAC, 30_000, 16, (64, 64), "relu", {**_OFF, "ent_coef": "auto_0.05"})})
 
 # %% ../../nbs/policies/01_sb3.ipynb #bc02f075
 @contextmanager
@@ -101,7 +101,7 @@ def linears(*modules: torch.nn.Module) -> list[tuple[np.ndarray, np.ndarray]]:
     found = [m for module in modules for m in module.modules() if isinstance(m, torch.nn.Linear)]
     return [(m.weight.detach().numpy().T.copy(), m.bias.detach().numpy().copy()) for m in found]
 
-
+# %% ../../nbs/policies/01_sb3.ipynb #15e7806f
 def actor_of(model: BaseAlgorithm) -> tuple[tuple, str, np.ndarray | None]: # Layers, head, spread: as `Network` takes them
     "The actor of a trained model."
     p = model.policy
@@ -170,7 +170,7 @@ def _spec(self: SB3Fit, task: Task, train: Sequence[tuple[int, int]]) -> Observa
     scaler = None if self.scaling == "none" else fit_scaler(task.features, train, names, self.scaling)
     return ObservationSpec(names, self.window, scaler, self.account)
 
-
+# %% ../../nbs/policies/01_sb3.ipynb #9cb0fc55
 def _model(self: SB3Fit, env: VecEnv, seed: int) -> BaseAlgorithm:
     "The library's learner, ready to learn."
     a = ALGORITHMS[self.algo]
@@ -180,15 +180,16 @@ def _model(self: SB3Fit, env: VecEnv, seed: int) -> BaseAlgorithm:
         n = env.action_space.shape[0]
         options = {"action_noise": NormalActionNoise(np.zeros(n), np.full(n, 0.3)), **options}
     act = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[a.activation]
+    if self.algo == "SAC": options = {"target_entropy": -2.0 * env.action_space.shape[0], **options}
     noise = {"log_std_init": options.pop("log_std_init")} if "log_std_init" in options else {}
     net = {**noise, "net_arch": list(self.hidden or a.hidden), "activation_fn": act, "optimizer_class": torch.optim.Adam,
            "optimizer_kwargs": {"fused": True}}
     return a.make("MlpPolicy", env, seed=seed, device="cpu", policy_kwargs=net, **options)
 
-
+# %% ../../nbs/policies/01_sb3.ipynb #9ffba80e
 SB3Fit._spec, SB3Fit._model = _spec, _model
 
-# %% ../../nbs/policies/01_sb3.ipynb #9ffba80e
+# %% ../../nbs/policies/01_sb3.ipynb #d3dc76fd
 def _fit(self: SB3Fit,
          task: Task, # The market
          train: Sequence[tuple[int, int]], # Rows it may learn from
@@ -207,5 +208,5 @@ def _fit(self: SB3Fit,
         layers, head, spread = actor_of(model)
     return Network(spec, batch.actions, layers, arch.activation, head, spread)
 
-
+# %% ../../nbs/policies/01_sb3.ipynb #00edd98a
 SB3Fit.fit = _fit

@@ -247,22 +247,26 @@ def linear_room(base, inc, cap):
 
 @njit(**KERNEL)
 def corr_room(work, C, k, cap):
-    "Largest s in [0,1] with sqrt(x' C[k] x) <= cap, x = base + s*inc, rows 0 and 1 of `work`; a NaN correlation counts as 1."
+    "Largest s in [0,1] with sqrt(x' |C[k]| x) <= cap, x = base + s*inc, rows 0 and 1 of `work`; an unknown correlation counts as 1."
     a, b, c = 0.0, 0.0, 0.0
     for i in range(work.shape[1]):
-        for j in range(work.shape[1]):
-            r = C[k, i, j] if np.isfinite(C[k, i, j]) else 1.0
-            a += r * work[_INC, i] * work[_INC, j]
-            b += r * work[_BASE, i] * work[_INC, j]
-            c += r * work[_BASE, i] * work[_BASE, j]
+        inc, base, add, stay = work[_INC, i], work[_BASE, i], 0.0, 0.0
+        for j in range(i):
+            r = abs(C[k, i, j])
+            if not (r <= 1.0): r = 1.0
+            add += r * work[_INC, j]
+            stay += r * work[_BASE, j]
+        a += inc * (inc + 2.0 * add)
+        b += inc * (base + stay) + base * add
+        c += base * (base + 2.0 * stay)
     if a + 2.0 * b + c <= cap * cap: return 1.0
     if c >= cap * cap or not (a > 0.0): return 0.0
     return max(0.0, min(1.0, (np.sqrt(b * b - a * (c - cap * cap)) - b) / a))
 
 # %% ../../nbs/risk/01_gate.ipynb #c6650475
 @njit(**KERNEL)
-def room(lim, work, moves, corr, k, has_corr):
-    "Common factor for all increases of the book, and the bits of the rules that bind; `moves`: their sum of |change of weight|."
+def room(lim, work, corr, k, has_corr):
+    "Common factor for all increases of the book, and the bits of the rules that bind."
     B, I = 0.0, 0.0
     for n in range(work.shape[1]):
         B += work[_BASE, n]
@@ -277,7 +281,7 @@ def room(lim, work, moves, corr, k, has_corr):
     if lim.spot == 0.0 and np.isfinite(lim.stop_loss) and lim.liq_distance > 0.0:
         x = linear_room(B, I, 1.0 / (lim.liq_distance * lim.stop_loss + lim.maintenance))
         if x < s: s, why = x, why | _LIQ
-    x = linear_room(0.0, moves, lim.max_turnover)
+    x = linear_room(0.0, I, lim.max_turnover)
     if x < s: s, why = x, why | _TURNOVER
     return s, why
 
@@ -319,30 +323,36 @@ def _count_bad(lim, g, W, j):
 # %% ../../nbs/risk/01_gate.ipynb #16f9e988
 @njit(**KERNEL, inline="always")
 def _wishes(sym, lim, g, slots, b, sense, context, on, k, t, equity, W, C, j, work):
-    "Fill `work` with what stays and what is to be added; returns the sum of wished increases of weight."
-    moves, ctx = 0.0, context[k]
+    "Fill `work` with what stays and what is to be added; what does not grow has its lots at once."
+    ctx = context[k]
     for n in range(slots.shape[1]):
-        s, x = slots[b, n], sense[k, n]
-        w0 = s.lots * sym[n].lot * x.mark / equity if s.lots != 0 else 0.0
+        s, x, w0 = slots[b, n], sense[k, n], 0.0
+        if s.lots != 0:
+            w0 = s.lots * sym[n].lot * x.mark / equity
+            if not (x.mark > 0.0 and np.isfinite(x.mark)): w0 = np.inf if s.lots > 0 else -np.inf
         goal, s.why = wish(sym[n], lim, g, s, x, ctx, on, t, W[j, n], w0, C[j, n])
         keep = reduce_only(goal, w0)
+        work[_INC, n] = 0.0
+        if s.why & _BAD: s.pending, keep = s.lots, w0
+        elif goal == keep or abs(goal - w0) < lim.min_trade:
+            s.pending, bits = to_lots(sym[n], lim, goal, w0, s.lots, equity, x.mark)
+            s.why |= bits
+            keep = w0 if s.pending == s.lots else goal
+        else: work[_INC, n] = abs(goal) - abs(keep)
         work[_HELD, n], work[_GOAL, n], work[_BASE, n] = w0, goal, abs(keep)
-        work[_INC, n] = abs(goal) - abs(keep)
-        moves += abs(goal - keep)
-    return moves
 
 
 @njit(**KERNEL, inline="always")
 def _settle(sym, lim, slot, x, n, s, book, equity, signals, work):
-    "Turn one symbol's goal into target lots, after the book's factor `s`."
-    if slot.why & _BAD:
-        slot.pending, slot.why = slot.lots, (0 if signals else _BAD)
-        return
-    goal = work[_GOAL, n]
-    if s < 1.0 and work[_INC, n] > 0.0:
+    "Turn one symbol's growing goal into target lots, after the book's factor `s`."
+    goal, w0 = work[_GOAL, n], work[_HELD, n]
+    if slot.why & _BAD: slot.why = 0 if signals else _BAD
+    if work[_INC, n] == 0.0: return
+    if s < 1.0:
         size = work[_BASE, n] + s * work[_INC, n]
         goal, slot.why = (size if goal > 0.0 else -size), slot.why | book
-    slot.pending, bits = to_lots(sym, lim, goal, work[_HELD, n], slot.lots, equity, x.mark)
+        if goal * w0 < 0.0 and abs(goal - w0) < lim.min_trade: goal = 0.0
+    slot.pending, bits = to_lots(sym, lim, goal, w0, slot.lots, equity, x.mark)
     slot.why |= bits
 
 # %% ../../nbs/risk/01_gate.ipynb #affbfa6f
@@ -357,8 +367,8 @@ def gate(sym, lim, g, slots, b, sense, context, corr, on, k, t, equity, W, C, j,
     if g.flatten != 0 or g.state == HALTED or g.kill != 0:
         _stop_all(slots, b, g.flatten | (_HALTED if g.state == HALTED else 0) | (_KILL if g.kill != 0 else 0))
         return
-    moves = _wishes(sym, lim, g, slots, b, sense, context, on, k, t, equity, W, C, j, work)
-    s, book = room(lim, work, moves, corr, k, on.correlation)
+    _wishes(sym, lim, g, slots, b, sense, context, on, k, t, equity, W, C, j, work)
+    s, book = room(lim, work, corr, k, on.correlation)
     for n in range(slots.shape[1]): _settle(sym[n], lim, slots[b, n], sense[k, n], n, s, book, equity, signals, work)
 
 # %% ../../nbs/risk/01_gate.ipynb #623533ef

@@ -46,9 +46,9 @@ class PositionLimits:
     max_leverage: float = bounded(1.0, 0.0, HARD_LEVERAGE) # Gross notional / equity, costs reserved; hard ceiling 20
     max_weight: float = bounded(1.0, 0.0, HARD_LEVERAGE) # |weight| of one symbol
     max_gross: float | None = bounded(None, 0.0, HARD_LEVERAGE, True) # Sum of |weight|; None = max_leverage
-    max_corr_gross: float | None = bounded(None, 0.0, HARD_LEVERAGE, True) # sqrt(|w|' C |w|): correlated symbols count as one
+    max_corr_gross: float | None = bounded(None, 0.0, HARD_LEVERAGE, True) # sqrt(|w|' |C| |w|): correlated symbols count as one
     max_turnover: float | None = bounded(None, 0.0, math.inf, True) # Sum of |change of weight| a bar, entries only
-    min_trade: float = bounded(0.0, 0.0, 1.0) # No-trade band: smaller changes of weight are left alone
+    min_trade: float = bounded(0.001, 0.0, 1.0) # No-trade band: smaller changes of weight are left alone
     min_confidence: float = bounded(0.0, 0.0, 1.0) # An entry needs at least this confidence
     max_spread: float = bounded(0.005, 0.0, 1.0) # (ask - bid) / mid above which no entry
     max_jump: float | None = bounded(None, 0.0, math.inf, True) # |last return| in standard deviations above which no entry

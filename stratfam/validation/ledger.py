@@ -41,7 +41,7 @@ def _chain(db: sqlite3.Connection) -> Iterator[tuple[int, bool, str, tuple]]:
         before = digest(before, *row[2:])
         yield row[0], before == row[1], before, row[2:]
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #d14a0f07
 def _highest_id(db: sqlite3.Connection) -> int:
     "The largest id SQLite ever gave."
     row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'ledger'").fetchone()
@@ -102,7 +102,7 @@ def _seconds(t: Any) -> int:
     if t is pd.NaT: raise DataError("a span needs a start and an end, found NaT.")
     return int((t if t.tzinfo is None else t.tz_convert("UTC").tz_localize(None)).timestamp())
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #40c29f76
 def _place(symbols: Sequence[str], start: Any, end: Any) -> tuple[str, int, int]:
     "Symbols in canonical form and the span [start, end)."
     if isinstance(symbols, str) or not len(symbols): raise ConfigError(f"symbols are {symbols!r}, expected a list of at least one name.")
@@ -110,7 +110,7 @@ def _place(symbols: Sequence[str], start: Any, end: Any) -> tuple[str, int, int]
     if a >= b: raise DataError(f"the span from {start} to {end} is empty.")
     return json.dumps(sorted({str(s) for s in symbols})), a, b
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #f0202b16
 @contextmanager
 def _writing(self: Ledger):
     "The exclusive right to append; everything inside is one commit."
@@ -123,7 +123,7 @@ def _writing(self: Ledger):
     finally:
         if self._db.in_transaction: self._db.execute("ROLLBACK")
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #b8a0b285
 def _append(self: Ledger, kind: str, place: tuple[str, int, int], body: Mapping[str, Any], days: bytes | None = None,
             ret: bytes | None = None) -> int:
     "Add one row to the chain, inside `_writing`."
@@ -132,7 +132,7 @@ def _append(self: Ledger, kind: str, place: tuple[str, int, int], body: Mapping[
     mine = digest(last[0] if last else "", *row)
     return self._db.execute(f"INSERT INTO ledger({_COLUMNS}, hash) VALUES (?,?,?,?,?,?,?,?,?)", (*row, mine)).lastrowid
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #766c259f
 def _rows(self: Ledger, kind: str, place: tuple[str, int, int] | None = None) -> list[dict[str, Any]]:
     "The rows of a kind, all of them or those that overlap a place in symbols and time, oldest first."
     where, args = ("", (kind,)) if place is None else (" AND start < ? AND stop > ?", (kind, place[2], place[1]))
@@ -145,7 +145,7 @@ def _rows(self: Ledger, kind: str, place: tuple[str, int, int] | None = None) ->
             out.append({"id": i, "time": time, "symbols": tuple(names), "start": a, "stop": b, "days": days, "ret": ret, **json.loads(body)})
     return out
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #8c6c7bf6
 Ledger._writing, Ledger._append, Ledger._rows = _writing, _append, _rows
 
 # %% ../../nbs/validation/03_ledger.ipynb #7c839906
@@ -174,14 +174,14 @@ def _open_study(self: Ledger,
         if looks: self._declare(place, looks)
     return name
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #de214274
 def _close_study(self: Ledger, name: str, note: str = "") -> None:
     "Close a study: no further trial can be recorded under its name."
     with self._writing():
         s = self._study(name)
         self._append("close", (json.dumps(list(s["symbols"])), s["start"], s["stop"]), {"study": name, "note": note})
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #88ef30a2
 def _study(self: Ledger, name: str) -> dict[str, Any]:
     "The row of an open study."
     opened = {s["study"]: s for s in self._rows("study")}
@@ -189,7 +189,7 @@ def _study(self: Ledger, name: str) -> dict[str, Any]:
     if any(c["study"] == name for c in self._rows("close")): raise ConfigError(f"study {name!r} is closed; open one under a new name.")
     return s
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #554b5ea3
 Ledger.open_study, Ledger.close_study, Ledger._study = _open_study, _close_study, _study
 
 # %% ../../nbs/validation/03_ledger.ipynb #000df22d
@@ -200,12 +200,12 @@ def _declare(self: Ledger, place: tuple[str, int, int], looks: int) -> None:
     if earlier: raise ConfigError(f"{len(earlier)} looks on this data were already asked, too late to declare; each further one gets less.")
     self._append("declare", place, {"declared": int(looks)})
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #7efba602
 def _budget(self: Ledger, place: tuple[str, int, int], number: int) -> LookBudget:
     "Look `number` with what was declared for this family; of several declarations the most cautious."
     return LookBudget(number, max((d["declared"] for d in self._rows("declare", place)), default=0))
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #c4179795
 def _numbered(self: Ledger, kind: str, place: tuple[str, int, int], token: str, note: str) -> int:
     "Record an event of a family once per token; its number among the family's events of this kind."
     earlier = self._rows(kind, place)
@@ -214,7 +214,7 @@ def _numbered(self: Ledger, kind: str, place: tuple[str, int, int], token: str, 
     self._append(kind, place, {"token": token, "number": len(earlier) + 1, "note": note})
     return len(earlier) + 1
 
-# %% ../../nbs/validation/03_ledger.ipynb #7efba602
+# %% ../../nbs/validation/03_ledger.ipynb #b29bcf8d
 def _look(self: Ledger, symbols: Sequence[str], start: Any, end: Any,
           token: str = "", # Digest of the question; the same token is the same look
           note: str = "", # Who asked, for what
@@ -223,7 +223,7 @@ def _look(self: Ledger, symbols: Sequence[str], start: Any, end: Any,
     place = _place(symbols, start, end)
     with self._writing(): return self._budget(place, self._numbered("look", place, token, note))
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #7b3b4dd8
 def _open_holdout(self: Ledger, symbols: Sequence[str], start: Any, end: Any,
                   token: str = "", # Digest of model and data
                   note: str = "", # Why
@@ -232,12 +232,12 @@ def _open_holdout(self: Ledger, symbols: Sequence[str], start: Any, end: Any,
     place = _place(symbols, start, end)
     with self._writing(): return self._numbered("holdout", place, token, note)
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #073ad16d
 def _declare_looks(self: Ledger, symbols: Sequence[str], start: Any, end: Any, looks: int) -> None:
     "Announce how many verdicts will be asked of this family; only before the first."
     with self._writing(): self._declare(_place(symbols, start, end), looks)
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #45a0b8c9
 Ledger._declare, Ledger._budget, Ledger._numbered = _declare, _budget, _numbered
 Ledger.look, Ledger.open_holdout, Ledger.declare_looks = _look, _open_holdout, _declare_looks
 
@@ -246,7 +246,7 @@ def _unit(config_digest: str, place: tuple[str, int, int], step: str, code: str,
     "The name of what is counted; the span is left out, so a trial repeated on longer data is the same unit."
     return digest(config_digest, place[0], step, code, seed)[:12]
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #987df92a
 def _series(ret: pd.Series | None, outcome: str) -> tuple[bytes | None, bytes | None, float | None]:
     "Days and daily returns as bytes, and the per-bar Sharpe ratio (None where nothing varies)."
     if ret is None:
@@ -257,7 +257,7 @@ def _series(ret: pd.Series | None, outcome: str) -> tuple[bytes | None, bytes | 
     s = None if flat(x[:, None])[0] else moments(x).sharpe
     return by_day.index.to_numpy().astype("datetime64[D]").astype("<i4").tobytes(), by_day.to_numpy("<f8").tobytes(), s
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #c1e1aaf8
 def _record(self: Ledger,
             config: Mapping[str, Any], # What was tried, in full
             symbols: Sequence[str],
@@ -289,7 +289,7 @@ def _record(self: Ledger,
         self._append("trial", place, body, days, blob)
     return unit
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #6ce62fa1
 Ledger.record = _record
 
 # %% ../../nbs/validation/03_ledger.ipynb #46e314cf
@@ -311,7 +311,7 @@ class Family(NamedTuple):
         return (f"N + M = {self.daily.shape[1]} + {self.counted}: " + ("; ".join(parts) or "no trial yet") +
                 f". Verdicts asked so far: {self.looks}.")
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #cbce8a1c
 def _units(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     "The row that speaks for each unit: the newest with a series, else the newest; parts only where the whole is absent."
     rank = lambda r: (r["fold"] is None, r["ret"] is not None and r["fold"] is None, r["id"])
@@ -321,7 +321,7 @@ def _units(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     whole = {(r["unit"], r["study"]) for r in best.values() if r["fold"] is None and r["ret"] is not None}
     return {k: r for k, r in best.items() if r["seed"] is None or r["study"] is None or (r["mean"], r["study"]) not in whole}
 
-# %% ../../nbs/validation/03_ledger.ipynb #cbce8a1c
+# %% ../../nbs/validation/03_ledger.ipynb #b7d1ad7e
 def _columns(units: Mapping[str, Mapping[str, Any]], place: tuple[str, int, int], wanted: pd.DatetimeIndex | None, coverage: float) -> pd.DataFrame:
     "The units' daily returns on common days of the span."
     first, last = place[1] // 86400, -(-place[2] // 86400)
@@ -344,7 +344,7 @@ def _columns(units: Mapping[str, Mapping[str, Any]], place: tuple[str, int, int]
     frame.index = pd.DatetimeIndex((rows if found else rows[:0]).astype("datetime64[D]").astype("datetime64[ns]"), name="day")
     return frame
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #8009e779
 def _family(self: Ledger, symbols: Sequence[str],
             start: Any, # First day judged
             end: Any, # End of the last day judged
@@ -357,11 +357,12 @@ def _family(self: Ledger, symbols: Sequence[str],
     frame = _columns(units, place, days, coverage)
     lost = sum(r["lost"] for r in self._rows("salvage"))
     told = ("study", "outcome", "config", "step", "seed", "code", "sharpe", "symbols", "time")
-    table = pd.DataFrame([{k: r[k] for k in told} | {"study": r["study"] or "", "series": u in frame} for u, r in units.items()], index=list(units), columns=[*told, "series"])
+    lines = [{k: r[k] for k in told} | {"study": r["study"] or "", "series": u in frame} for u, r in units.items()]
+    table = pd.DataFrame(lines, index=list(units), columns=[*told, "series"])
     changes = {k: int(units[k]["changes"] or 0) for k in frame}
     return Family(frame, len(units) - frame.shape[1] + lost, len(self._rows("look", place)), changes, table)
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #9d7f5a8b
 Ledger.family = _family
 
 # %% ../../nbs/validation/03_ledger.ipynb #a775f7e4
@@ -370,7 +371,7 @@ def _spent(self: Ledger, looks: Sequence[Mapping[str, Any]], level: float) -> fl
     places = [((json.dumps(list(r["symbols"])), r["start"], r["stop"]), r["number"]) for r in looks]
     return float(sum(self._budget(p, n).level(level) for p, n in places))
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #2cd5623a
 def _show(self: Ledger, level: float = 0.005, # Level of the verdict's rule
          ) -> pd.DataFrame: # One row per study, and one for runs by hand
     "What has been searched, and where N comes from."
@@ -393,7 +394,7 @@ def _show(self: Ledger, level: float = 0.005, # Level of the verdict's rule
     columns = ["study", "state", "symbols", "from", "to", "steps", *OUTCOMES, "trials", "rows", "target", "looks", "level_spent", "holdouts"]
     return pd.DataFrame(out, columns=columns).set_index("study")
 
-
+# %% ../../nbs/validation/03_ledger.ipynb #df74cd80
 Ledger._spent, Ledger.show = _spent, _show
 
 # %% ../../nbs/validation/03_ledger.ipynb #6198b660

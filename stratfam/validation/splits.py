@@ -40,22 +40,29 @@ def train_by_definition(blocks: Sequence[tuple[int, int]], # Test blocks as [sta
             and not any(shares_a_bar(i, q) for q in every) and not any(embargoed(i, block) for block in tests)]
 
 # %% ../../nbs/validation/00_splits.ipynb #92f514d3
+def _nanoseconds(duration: Any, what: str) -> int:
+    "A duration in nanoseconds, zero included; a bare number is refused."
+    if isinstance(duration, (bool, int, float, np.number)) and not isinstance(duration, np.timedelta64):
+        raise ConfigError(f"{what} is {duration!r}, a number without a unit: write a duration such as '1d', '12h' or a timedelta.")
+    if isinstance(duration, str):
+        nothing = duration[:-1].isdigit() and int(duration[:-1]) == 0 and duration[-1:].lower() in "smhdw"
+        return 0 if nothing else int(as_step(duration).astype("i8"))
+    if pd.isna(duration) or pd.Timedelta(duration) < pd.Timedelta(0):
+        raise ConfigError(f"{what} is {duration!r}, expected a duration of zero or more.")
+    return int(pd.Timedelta(duration).as_unit("ns").value)
+
+# %% ../../nbs/validation/00_splits.ipynb #dc9ef643
 def duration_bars(duration: Any, # "1d", "90m", a timedelta; zero as "0h" or timedelta(0)
                   step: np.timedelta64 | None, # Bar length
                   what: str = "embargo", # For the message
                  ) -> int: # Whole bars, rounded up
     "How many bars a duration covers; a bare number is refused, because nobody can tell its unit."
-    if isinstance(duration, (bool, int, float, np.number)) and not isinstance(duration, np.timedelta64):
-        raise ConfigError(f"{what} is {duration!r}, a number without a unit: write a duration such as '1d', '12h' or a timedelta.")
-    if isinstance(duration, str):
-        if duration[:-1].isdigit() and int(duration[:-1]) == 0 and duration[-1:].lower() in "smhdw": return 0
-    elif pd.isna(duration) or pd.Timedelta(duration) < pd.Timedelta(0):
-        raise ConfigError(f"{what} is {duration!r}, expected a duration of zero or more.")
-    elif pd.Timedelta(duration) == pd.Timedelta(0): return 0
-    length = as_step(duration)
+    ns = _nanoseconds(duration, what)
+    if ns == 0: return 0
     if step is None:
-        raise ConfigError(f"{what} is {step_name(length)}, but the rows have no bar length: pass step='1h' (your bar), times, or Bars.")
-    return int(-(-length // as_step(step)))
+        raise ConfigError(f"{what} is {step_name(np.timedelta64(ns, 'ns'))}, but the rows have no bar length: pass step='1h' (your bar), "
+                          "times, or Bars.")
+    return int(-(-ns // as_step(step).astype("i8")))
 
 # %% ../../nbs/validation/00_splits.ipynb #67ba6f16
 def _grid(times: pd.DatetimeIndex) -> np.timedelta64 | None:
@@ -70,7 +77,7 @@ def _grid(times: pd.DatetimeIndex) -> np.timedelta64 | None:
                         "keep a missing bar as a row, and leave it out with segments=[(start, stop), ...].")
     return gaps[0] if len(gaps) else None
 
-
+# %% ../../nbs/validation/00_splits.ipynb #e1dcea55
 def _count_and_step(index: Any, step: Any) -> tuple[int, np.timedelta64 | None]:
     "Number of rows and bar length of whatever names the rows."
     step = None if step is None else as_step(step)
@@ -87,6 +94,17 @@ def _count_and_step(index: Any, step: Any) -> tuple[int, np.timedelta64 | None]:
     return n, step if own is None else own
 
 # %% ../../nbs/validation/00_splits.ipynb #5478aef0
+def _longest_label(ends: np.ndarray, a: int, b: int) -> int:
+    "Bars of the longest label of segment [a, b), or an error about the first that leaves it."
+    length = ends[a:b] - np.arange(a, b)
+    bad = (length < 0) | (ends[a:b] >= b)
+    if bad.any():
+        i = a + int(np.argmax(bad))
+        raise DataError(f"row {i}: its label ends at row {int(ends[i])}, expected {i}..{b - 1}, inside its segment. "
+                        "End labels at the segment's last bar, or leave such rows out of the segments.")
+    return int(length.max())
+
+# %% ../../nbs/validation/00_splits.ipynb #f781abfe
 @dataclass(frozen=True, eq=False)
 class Timeline:
     "What is known about n rows before they are split."
@@ -107,13 +125,7 @@ class Timeline:
         for a, b in self.segments:
             if not last <= a < b <= self.n:
                 raise DataError(f"segment [{a}, {b}) is empty, out of order or beyond the {self.n} rows; segments are disjoint [start, stop) runs.")
-            length = ends[a:b] - np.arange(a, b)
-            bad = (length < 0) | (ends[a:b] >= b)
-            if bad.any():
-                i = a + int(np.argmax(bad))
-                raise DataError(f"row {i}: its label ends at row {int(ends[i])}, expected {i}..{b - 1}, inside its segment. "
-                                "End labels at the segment's last bar, or leave such rows out of the segments.")
-            last, longest = b, max(longest, int(length.max()))
+            last, longest = b, max(longest, _longest_label(ends, a, b))
         if longest < 0: raise DataError("there is no usable row to split: no rows were given, or every one lies in a gap.")
         object.__setattr__(self, "label_end", frozen_array(ends, "i8")); object.__setattr__(self, "longest", longest)
 
@@ -139,7 +151,7 @@ def timeline(index: Any, # Bars, times, or the number of rows
     if segments is None: segments = gapless(index) if isinstance(index, Bars) else [(0, n)] if n else []
     return Timeline(n, step, label_end, lookback, duration_bars(embargo, step), tuple((int(a), int(b)) for a, b in segments))
 
-
+# %% ../../nbs/validation/00_splits.ipynb #340caa39
 def label_ends(n: int, # Rows
                horizon: int, # Bars after its own that a label uses
                segments: Sequence[tuple[int, int]] | None = None, # Gap-free runs; all rows by default
@@ -158,12 +170,12 @@ def cut_groups(n: int, # Rows to cut
     size, rest = divmod(n, k)
     return np.concatenate([[0], np.cumsum(np.full(k, size) + (np.arange(k) < rest))])
 
-
+# %% ../../nbs/validation/00_splits.ipynb #e32a9f6b
 def _blocks(line: Timeline, edges: np.ndarray) -> np.ndarray:
     "(G,2) first row and one past the last row of each group of usable rows."
     return np.stack([line.rows[edges[:-1]], line.rows[edges[1:] - 1] + 1], axis=1)
 
-
+# %% ../../nbs/validation/00_splits.ipynb #3860284f
 def _runs(mask: np.ndarray, seg: np.ndarray) -> np.ndarray:
     "(m,2) maximal runs of True, cut where the segment changes."
     cut = np.concatenate([[True], seg[1:] != seg[:-1], [True]])
@@ -176,7 +188,7 @@ def _reach(line: Timeline, tests: list) -> np.ndarray:
     "(G,) last row that the labels, look-back or embargo of each block (a list of intervals) forbid."
     return np.array([max(line.label_end[a:b].max() for a, b in block) for block in tests]) + max(line.lookback, line.embargo)
 
-
+# %% ../../nbs/validation/00_splits.ipynb #823610a7
 @njit(cache=True, error_model="numpy")
 def _runs_below(label_end: np.ndarray, longest: int, segments: np.ndarray, start: int, limit: int) -> np.ndarray:
     "(m,2) runs of rows before `start` whose labels end before `limit`, each inside one segment."
@@ -193,7 +205,7 @@ def _runs_below(label_end: np.ndarray, longest: int, segments: np.ndarray, start
                 m += 1
     return out[:m]
 
-
+# %% ../../nbs/validation/00_splits.ipynb #631df9c9
 def _kept_before(line: Timeline, start: int) -> np.ndarray:
     "(m,2) runs of rows whose labels end before the look-back of a test block that begins at `start`."
     return _runs_below(line.label_end, line.longest, np.array(line.segments), start, start - line.lookback)
@@ -238,9 +250,10 @@ class Folds(Sequence):
     @property
     def n_paths(self) -> int: return int(self.path.max()) + 1
 
-    def __getitem__(self, s):
-        if isinstance(s, slice): return [self[i] for i in range(*s.indices(len(self)))]
-        s = range(len(self))[s]
+    def __getitem__(self, s): return [self._fold(i) for i in range(len(self))[s]] if isinstance(s, slice) else self._fold(range(len(self))[s])
+
+    def _fold(self, s):
+        "Make the s-th fold."
         blocks = [(g, p, iv) for g, p in zip(self.combos[s].tolist(), self.path[s].tolist())
                   for iv in self.test[self.test_at[g]:self.test_at[g + 1]].tolist()]
         groups, paths, test = zip(*blocks)
@@ -260,7 +273,7 @@ def _count_up(intervals: np.ndarray) -> np.ndarray:
         m += len(part)
     return out
 
-
+# %% ../../nbs/validation/00_splits.ipynb #673cb727
 def rows_of(intervals: Iterable[tuple[int, int]], # [start, stop) intervals
            ) -> np.ndarray: # int64 row numbers
     "The row numbers inside `intervals`, for libraries that want indices. Series must not be glued by them: see `pieces`."
@@ -290,7 +303,7 @@ def _too_few(line: Timeline, blocks: np.ndarray, combo: np.ndarray) -> DataError
                      f"labels of up to {line.longest} bars, look-back {line.lookback}, embargo {line.embargo} bars. Use fewer or fewer "
                      "tested groups, a shorter look-back or embargo, or more bars.")
 
-
+# %% ../../nbs/validation/00_splits.ipynb #9d1ba2be
 def make_folds(line: Timeline, # Checked rows
                blocks: np.ndarray, # (G,2) test blocks, sorted
                combos: np.ndarray, # (S,k) blocks tested by each split, sorted within a split
@@ -326,7 +339,7 @@ class Splitter:
         line = timeline(index, label_end, lookback, embargo, segments, step)
         return make_folds(line, *self._plan(line))
 
-
+# %% ../../nbs/validation/00_splits.ipynb #9204faec
 def _at_least(name: str, value: Any, least: int) -> None:
     "Raise unless `value` is a whole number of at least `least`."
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
@@ -406,14 +419,13 @@ def assemble_paths(folds: Sequence[Fold], # Splits with path ids
                    n: int | None = None, # Rows of the time axis; that of the folds, or the last tested row
                   ) -> np.ndarray: # (n_paths, n) float64, NaN where untested
     "The backtest paths: every test interval of every split in its place, used exactly once."
-    folds, values = list(folds) if not isinstance(folds, Folds) else folds, list(values)
+    if n is None: n = folds.line.n if isinstance(folds, Folds) else max(f.test[-1][1] for f in folds)
+    folds, values = list(folds), list(values)
     if len(folds) != len(values): raise DataError(f"{len(values)} lists of values for {len(folds)} folds.")
-    n = n if n is not None else folds.line.n if isinstance(folds, Folds) else max(f.test[-1][1] for f in folds)
-    all_folds = list(folds)
-    if not all(f.paths for f in all_folds): raise DataError("a fold carries no path ids; paths exist for the folds of a splitter.")
-    out = np.full((1 + max(max(f.paths) for f in all_folds), n), np.nan)
+    if not all(f.paths for f in folds): raise DataError("a fold carries no path ids; paths exist for the folds of a splitter.")
+    out = np.full((1 + max(max(f.paths) for f in folds), n), np.nan)
     used = np.zeros(out.shape, bool)
-    for s, (fold, parts) in enumerate(zip(all_folds, values)):
+    for s, (fold, parts) in enumerate(zip(folds, values)):
         if len(parts) != len(fold.test): raise DataError(f"split {s} has {len(fold.test)} test intervals, found {len(parts)} arrays of values.")
         for (a, b), p, v in zip(fold.test, fold.paths, parts):
             if np.shape(v) != (b - a,): raise DataError(f"split {s}: interval [{a}, {b}) has values of shape {np.shape(v)}, expected ({b - a},).")
@@ -433,11 +445,18 @@ def _as_intervals(rows: Any, line: Timeline, name: str) -> np.ndarray:
     if (line.seg[r] < 0).any(): raise DataError(f"{name} row {int(r[line.seg[r] < 0][0])} lies in a gap, outside every segment.")
     mask = np.zeros(line.n, bool)
     mask[r] = True
-    solid = _runs(mask, np.zeros(line.n))
-    if len(solid) >= 3 and len(r) < 3 * len(solid):
-        raise DataError(f"{name} rows lie scattered in {len(solid)} runs of {len(r) / len(solid):.1f} rows on average; "
-                        "a shuffled split is refused. Use PurgedKFold or CombinatorialPurgedCV.")
     return _runs(mask, line.seg)
+
+# %% ../../nbs/validation/00_splits.ipynb #b4e3f87b
+def _refuse_scatter(test: np.ndarray, line: Timeline) -> None:
+    "Raise when the test intervals, or the usable rows between them, are many and tiny."
+    mask = np.zeros(line.n, bool)
+    mask[rows_of(test)] = True
+    for part in (mask[line.rows], ~mask[line.rows]):
+        runs, rows = len(_runs(part, np.zeros(len(part)))), int(part.sum())
+        if runs >= 3 and rows < 3 * runs:
+            raise DataError(f"test rows lie scattered, in runs or gaps of {rows / runs:.1f} rows on average; a shuffled split is refused. "
+                            "Use PurgedKFold or CombinatorialPurgedCV.")
 
 # %% ../../nbs/validation/00_splits.ipynb #8debf773
 def _refuse_leaks(fold: Fold, line: Timeline, name: str) -> None:
@@ -470,7 +489,9 @@ def check_folds(splits: Any, # A splitter with `split(X)`, Folds, or a list of F
     pairs = splits.split(np.zeros((line.n, 1))) if hasattr(splits, "split") and not isinstance(splits, Folds) else splits
     for s, pair in enumerate(pairs):
         train, test = (rows_of(pair.train), rows_of(pair.test)) if isinstance(pair, Fold) else pair
-        try: fold = Fold(_as_intervals(train, line, "train"), _as_intervals(test, line, "test"))
+        try:
+            fold = Fold(_as_intervals(train, line, "train"), _as_intervals(test, line, "test"))
+            _refuse_scatter(fold.test, line)
         except DataError as e: raise DataError(f"split {s}: {e}") from None
         for a, b in (*pair.train, *pair.test) if isinstance(pair, Fold) else ():
             if line.seg[a] != line.seg[b - 1]: raise DataError(f"split {s}: interval [{a}, {b}) crosses a gap; cut it at the segment's end.")

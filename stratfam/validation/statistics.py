@@ -36,7 +36,7 @@ def clean(ret: Any, # (T,) net simple returns, array or Series
         raise DataError(f"return {int(x.argmin())} is {x.min():g}, below -1: expected fractions of equity, not money. Divide by the equity.")
     return x
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #f541a685
 def labelled(ret: Any, # (T,K) frame of returns
             ) -> pd.DataFrame: # The same frame, checked
     "Refuse tables whose direction, order or content is in doubt."
@@ -60,7 +60,7 @@ def returns(equity: pd.Series, # (T,) equity at each close, any currency
     r = e[1:] / e[:-1] - 1.0
     return pd.Series(r, index=equity.index[1:]) if isinstance(equity, pd.Series) else pd.Series(r)
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #ae022201
 def daily(ret: pd.Series | pd.DataFrame, # Net simple returns per bar, indexed by bar open; naive times are UTC
          ) -> pd.Series | pd.DataFrame: # Net simple returns per UTC day that has bars
     "Compound returns inside each UTC day."
@@ -79,7 +79,7 @@ class Moments(NamedTuple):
     kurtosis: float = 3.0 # Fourth standardised moment, 3 for a normal distribution
     autocorrelation: float = 0.0 # Lag 1
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #798e2e70
 def column_moments(x: np.ndarray, # (T,N) finite; columns with variance
                   ) -> Moments: # With (N,) arrays
     "The moments of each column of a matrix."
@@ -90,12 +90,12 @@ def column_moments(x: np.ndarray, # (T,N) finite; columns with variance
     return Moments(x.mean(axis=0) / np.sqrt(v * (T / (T - 1))), T, (d2 * d).mean(axis=0) / v**1.5, (d2 * d2).mean(axis=0) / v**2,
                    (d[1:] * d[:-1]).sum(axis=0) / (v * T))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #a06fb522
 def flat(x: np.ndarray) -> np.ndarray:
     "Which columns of a (T,N) matrix do not vary beyond rounding."
     return x.std(axis=0) <= 1e-12 * np.abs(x).max(axis=0)
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #eafabcb0
 def moments(ret: Any, # (T,) returns, or Moments, passed through
            ) -> Moments: # Floats
     "The moments of one series; raises where it does not vary, since its Sharpe ratio does not exist."
@@ -129,7 +129,7 @@ def sharpe_variance(m: Moments, # Per bar; floats or (N,) arrays
     b, c = (1.0 + r + r * r) / (1.0 - r * r), (1.0 + r * r) / (1.0 - r * r)
     return (a - b * g3 * s + c * (g4 - 1.0) / 4.0 * s * s) / m.T
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #6ed14a1f
 def newey_west(ret: Any, # (T,) returns
                lags: int | None = None, # Autocovariances used; 4 (T/100)^(2/9) by default
               ) -> float: # Variance of the per-bar Sharpe ratio
@@ -161,13 +161,13 @@ def psr(ret: Any, # (T,) returns, or Moments
     m = moments(ret)
     return float(ndtr((m.sharpe - benchmark) * math.sqrt((m.T - 1.0) / (m.T * _positive(sharpe_variance(m, "iid"))))))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #70e4e1f0
 def _positive(v: float) -> float:
     "The variance, if the moments can belong to one distribution."
     if not v > 0: raise DataError(f"the moments give a variance of {v:g}; expected kurtosis >= 1 + skewness^2.")
     return float(v)
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #d42a2e1c
 def min_track_record(ret: Any, # (T,) returns, or Moments
                      benchmark: float = 0.0, # Sharpe ratio to beat, per bar
                      confidence: float = 0.95, # Wanted PSR
@@ -185,7 +185,7 @@ def expected_max(n: float, # Independent trials, at least 1
     g = np.euler_gamma
     return max(0.0, float((1 - g) * ndtri(1 - 1 / n) + g * ndtri(1 - 1 / (n * math.e)))) if n > 1 else 0.0
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #7b3cea66
 def dsr(ret: Any, # (T,) returns of the chosen trial, or Moments
         n: float, # Number of trials it was chosen from
         variance: float, # Variance of the trials' Sharpe ratios, per bar
@@ -194,7 +194,7 @@ def dsr(ret: Any, # (T,) returns of the chosen trial, or Moments
     if not (np.isfinite(variance) and variance >= 0): raise DataError(f"the variance of the trials' Sharpe ratios is {variance}.")
     return psr(ret, math.sqrt(variance) * expected_max(n))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #a9fd36ae
 def min_backtest_years(n: float, # Independent trials
                        target: float = 1.0, # Annualised Sharpe ratio that chance should not be expected to reach
                       ) -> float: # Years
@@ -208,7 +208,7 @@ def sidak(log_pass: float, # log of 1 - p, e.g. log_ndtr(z) for a one-sided z
     "P-value of the best of n: 1 - (1-p)^n, exact even where p is 1e-20."
     return float(-np.expm1(n * log_pass))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #a12d94e8
 def adjust(pvalues: pd.Series, # One p-value per trial, labelled
            method: str = "holm", # "holm" or "bh"
            level: float = 0.05, # Family-wise error (holm) or false discovery rate (bh)
@@ -228,7 +228,7 @@ class EffectiveTrials(NamedTuple):
     entropy: float # exp of the entropy of the eigenvalues
     clusters: int # Best silhouette
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #f2e3c1e6
 def _clusters(corr: np.ndarray) -> int:
     "Number of clusters whose silhouettes have the best ratio of mean to standard deviation."
     from scipy.cluster.hierarchy import average, fcluster
@@ -245,7 +245,7 @@ def _clusters(corr: np.ndarray) -> int:
         if s.std() > 0 and (q := s.mean() / s.std()) > best: best, count = q, len(set(label))
     return count
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #c29e8cd3
 def effective_trials(ret: pd.DataFrame, # (T,K) returns, labelled; columns that vary
                     ) -> EffectiveTrials: # Each between 1 and K
     "How many independent directions K trials span."
@@ -274,7 +274,7 @@ def _draw_counts(u: np.ndarray, block: float) -> np.ndarray:
             counts[b, i] += 1
     return counts
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #87a9bfb3
 @njit(cache=True, error_model="numpy")
 def _sharpe_of_counts(counts: np.ndarray, z: np.ndarray, s: np.ndarray) -> np.ndarray:
     "Per-bar Sharpe ratio of each column in each resample; z standardised columns, s their Sharpe ratios."
@@ -296,7 +296,7 @@ def _sharpe_of_counts(counts: np.ndarray, z: np.ndarray, s: np.ndarray) -> np.nd
             out[b, j] = (mean + s[j]) / np.sqrt(var) if var > 1e-12 else np.nan
     return out
 
-# %% ../../nbs/validation/01_statistics.ipynb #87a9bfb3
+# %% ../../nbs/validation/01_statistics.ipynb #a8a8632b
 def draw_counts(T: int, # Rows
                 reps: int, # Resamples B
                 block: float, # Mean block length, rows
@@ -307,7 +307,7 @@ def draw_counts(T: int, # Rows
         raise ConfigError(f"a bootstrap of {T} rows, {reps} resamples and mean block {block}; expected T >= 2, the others >= 1.")
     return _draw_counts(np.random.default_rng(seed).random((reps, T)), float(block))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #af3b94d2
 def bootstrap_sharpes(x: np.ndarray, # (T,N) finite returns, columns that vary
                       counts: np.ndarray, # (B,T) from `draw_counts`
                      ) -> np.ndarray: # (B,N) per-bar Sharpe ratios
@@ -322,14 +322,14 @@ class Interval(NamedTuple):
     low: float # Lower end
     high: float # Upper end
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #7aed7416
 def block_length(ret: Any) -> float: # (T,) returns -> mean block, rows
     "Block length of the stationary bootstrap after Politis and White 2004, corrected by Patton et al. 2009."
     from arch.bootstrap import optimal_block_length
     x = clean(ret)
     return float(max(1.0, optimal_block_length(x)["stationary"].iloc[0])) if not flat(x[:, None])[0] else 1.0
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #9d5f162e
 def bootstrap_interval(ret: Any, # (T,) returns
                        statistic: Callable[[np.ndarray], float], # e.g. lambda x: sharpe(x, "1d")
                        confidence: float = 0.95, # Of the two-sided interval
@@ -357,12 +357,12 @@ class SpaResult(NamedTuple):
     consistent: float # The one to quote, SPA_c
     upper: float # Conservative; White's reality check
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #b0d3fb96
 def _blocks(frame: pd.DataFrame, block: float | None) -> int:
     "Whole mean block length: the given one, or max(5, T^(1/3))."
     return int(round(max(5.0, len(frame) ** (1 / 3)) if block is None else block))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #eca1316c
 def _losses(frame: pd.DataFrame, benchmark: pd.Series, block: int, seed: int) -> tuple[np.ndarray, pd.DataFrame]:
     "Losses of a zero benchmark and of each strategy against the given one, in units of their long-run deviation."
     if not isinstance(benchmark, pd.Series) or not benchmark.index.equals(frame.index):
@@ -373,7 +373,7 @@ def _losses(frame: pd.DataFrame, benchmark: pd.Series, block: int, seed: int) ->
     spread = (draw_counts(len(diff), 499, block, seed) @ diff.to_numpy("f8")).std(axis=0) / math.sqrt(len(diff))
     return np.zeros(len(diff)), -diff / spread
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #5d66a409
 def spa(ret: pd.DataFrame, # (T,K) net returns
         benchmark: pd.Series, # (T,) net returns of the benchmark; zeros for cash
         reps: int = 999, # Resamples
@@ -388,7 +388,7 @@ def spa(ret: pd.DataFrame, # (T,K) net returns
     test.compute()
     return SpaResult(*(float(test.pvalues[k]) for k in ("lower", "consistent", "upper")))
 
-# %% ../../nbs/validation/01_statistics.ipynb #b0d3fb96
+# %% ../../nbs/validation/01_statistics.ipynb #c74241ba
 def step_m(ret: pd.DataFrame, # (T,K) net returns
            benchmark: pd.Series, # (T,) net returns of the benchmark
            level: float = 0.05, # Chance of naming any strategy wrongly
@@ -402,7 +402,7 @@ def step_m(ret: pd.DataFrame, # (T,K) net returns
     test.compute()
     return tuple(k for k in frame.columns if k in set(test.superior_models))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #0ff4ea95
 def mcs(ret: pd.DataFrame, # (T,K) net returns, K >= 2
         level: float = 0.05, # Chance of losing the best
         reps: int = 999, block: float | None = None, seed: int = 0,
@@ -424,19 +424,19 @@ def _scores(x: Any) -> np.ndarray:
     if a.ndim != 2 or not a.size or not np.isfinite(a).all(): raise DataError(f"scores of shape {a.shape}: expected finite (runs,) or (runs, tasks).")
     return a
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #86a88384
 def iqm(scores: Any, # (runs,) or (runs, tasks)
        ) -> float: # Mean of the middle half of all scores
     "Interquartile mean: the lowest and the highest quarter, each rounded down to whole scores, are left out."
     return float(_middle_mean(_scores(scores).ravel()))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #9404088f
 def _middle_mean(a: np.ndarray) -> np.ndarray:
     "Mean of the middle half along the last axis."
     cut = a.shape[-1] // 4
     return np.sort(a, axis=-1)[..., cut:a.shape[-1] - cut].mean(axis=-1)
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #ae0c85ac
 def seed_interval(scores: Any, # (runs,) or (runs, tasks), runs = seeds
                   confidence: float = 0.95, # Two-sided
                   reps: int = 2000, # Resamples
@@ -451,7 +451,7 @@ def seed_interval(scores: Any, # (runs,) or (runs, tasks), runs = seeds
     low, high = np.quantile(_middle_mean(sample), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(iqm(a), float(low), float(high))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #7fce9564
 def probability_of_improvement(x: Any, # (runs, tasks) scores of X
                                y: Any, # (runs, tasks) scores of Y, the same tasks
                               ) -> float: # In [0, 1]; .5 = no difference
@@ -468,31 +468,31 @@ def drawdowns(ret: Any, # (T,) returns
     equity = np.cumprod(1.0 + clean(ret))
     return equity / np.maximum(np.maximum.accumulate(equity), 1.0) - 1.0
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #1e20f3b2
 def max_drawdown(ret: Any) -> float: # (T,) returns -> negative fraction
     "The deepest drawdown."
     return float(drawdowns(ret).min())
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #516f4584
 def ulcer(ret: Any) -> float: # (T,) returns -> positive fraction
     "Ulcer index (Martin 1989): root mean square of the drawdowns."
     return float(np.sqrt(np.mean(drawdowns(ret) ** 2)))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #10b00aa4
 def underwater(ret: Any) -> int: # (T,) returns -> bars
     "The longest run of bars below an earlier peak."
     below = drawdowns(ret) < 0
     edge = np.flatnonzero(np.diff(np.r_[0, below.view(np.int8), 0]))
     return int((edge[1::2] - edge[::2]).max(initial=0))
 
-# %% ../../nbs/validation/01_statistics.ipynb #1e20f3b2
+# %% ../../nbs/validation/01_statistics.ipynb #3d168062
 def value_at_risk(ret: Any, # (T,) returns
                   level: float = 0.05, # Share of the worst bars
                  ) -> float: # Negative for a loss
     "The return that the worst `level` of bars fall below."
     return float(np.quantile(clean(ret), level))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #7d76673b
 def cvar(ret: Any, # (T,) returns
          level: float = 0.05, # Share of the worst bars
         ) -> float: # Negative for a loss
@@ -500,18 +500,18 @@ def cvar(ret: Any, # (T,) returns
     x = clean(ret)
     return float(np.sort(x)[:int((len(x) - 1) * level) + 1].mean())
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #15fd8e8d
 def tail_ratio(ret: Any) -> float: # (T,) returns -> ratio
     "Gain at the 95th percentile over loss at the 5th."
     low, high = np.quantile(clean(ret), [0.05, 0.95])
     return _ratio(abs(float(high)), abs(float(low)))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #4fc56879
 def _ratio(a: float, b: float) -> float:
     "a / b, NaN where b is 0: a report prints a dash, a test never sees it."
     return float(a / b) if b else math.nan
 
-# %% ../../nbs/validation/01_statistics.ipynb #516f4584
+# %% ../../nbs/validation/01_statistics.ipynb #922185bb
 def sortino(ret: Any, # (T,) returns
             step: Any, # Bar length
             target: float = 0.0, # Wanted return per bar
@@ -520,7 +520,7 @@ def sortino(ret: Any, # (T,) returns
     x = clean(ret) - target
     return _ratio(x.mean(), float(np.sqrt(np.mean(np.minimum(x, 0.0) ** 2)))) * math.sqrt(bars_per_year(as_step(step)))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #9349a84c
 def omega(ret: Any, # (T,) returns
           target: float = 0.0, # Per bar
          ) -> float: # NaN without a loss
@@ -528,7 +528,7 @@ def omega(ret: Any, # (T,) returns
     x = clean(ret) - target
     return _ratio(float(np.maximum(x, 0.0).sum()), float(np.maximum(-x, 0.0).sum()))
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #bd4366ca
 def cagr(ret: Any, # (T,) returns
          step: Any, # Bar length
         ) -> float: # Fraction a year; -1 when all is lost
@@ -537,7 +537,7 @@ def cagr(ret: Any, # (T,) returns
     end = float(np.prod(1.0 + x))
     return math.expm1(math.log(end) * bars_per_year(as_step(step)) / len(x)) if end > 0 else -1.0
 
-
+# %% ../../nbs/validation/01_statistics.ipynb #9cb1eaa9
 def calmar(ret: Any, # (T,) returns
            step: Any, # Bar length
           ) -> float: # NaN without a drawdown

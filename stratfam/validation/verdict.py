@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEANING', 'VERDICT_SCHEMA', 'Rule', 'z_scores', 'n_star', 'draws', 'Arm', 'Evidence', 'measure', 'decide', 'power',
-           'years_needed', 'max_trials', 'report', 'judge', 'verdict_table', 'verdict_html', 'verdict_to_json',
-           'verdict_from_json']
+           'years_needed', 'max_trials', 'report', 'check_costs', 'check_canaries', 'check_holdout', 'check_seeds',
+           'judge', 'verdict_table', 'verdict_html', 'verdict_to_json', 'verdict_from_json']
 
 # %% ../../nbs/validation/05_verdict.ipynb #baacf157
 import html
@@ -22,7 +22,7 @@ from scipy.special import log_ndtr, ndtr, ndtri
 
 from ..core import (ACCEPT, NOT_ENOUGH_DATA, REJECT, ConfigError, DataError, Env, ExportError, Test, Verdict, digest, known)
 from .statistics import (LookBudget, Moments, bootstrap_sharpes, clean, column_moments, draw_counts, dsr, flat, labelled,
-                                            min_track_record, psr, sharpe_variance, sidak, spa)
+                                            min_track_record, psr, seed_interval, sharpe_variance, sidak, spa)
 
 # %% ../../nbs/validation/05_verdict.ipynb #8497042f
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def z_scores(m: Moments, # Of one or more columns, per bar
     v = np.maximum(*(sharpe_variance(m, k, rule.max_autocorrelation) for k in ("null", "ar1")))
     return m.sharpe / np.sqrt(v), np.sqrt(v)
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #22217593
 def _z_of(x: np.ndarray, rule: Rule) -> float:
     "z of one series; 0 where it does not vary."
     return 0.0 if len(x) < 10 or flat(x[:, None])[0] else float(z_scores(column_moments(x[:, None]), rule)[0][0])
@@ -76,7 +76,7 @@ def n_star(x: np.ndarray, # (T,N) returns of columns that vary
     n = math.log(quantile) / float(log_ndtr(np.quantile(largest, quantile)))
     return float(min(max(n, 1.0), x.shape[1]))
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #4e1fc927
 def draws(T: int, rule: Rule, seed: int) -> np.ndarray: # (B,T)
     "The bootstrap of a verdict: stationary, whole days, mean block max(5, T^(1/3))."
     return draw_counts(T, rule.reps, max(rule.min_block, T ** (1 / 3)), seed)
@@ -89,7 +89,7 @@ class Arm(NamedTuple):
     p: float # Corrected p-value
     beta: float = 0.0 # Share of the benchmark taken out
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #00704944
 class Evidence(NamedTuple):
     "What the decision rests on."
     pick: int # Column of the best candidate; -1 = none
@@ -102,7 +102,7 @@ class Evidence(NamedTuple):
     second_half_z: float # z of the second half alone
     bound: float # Largest upper bound of any allowed pick's annual Sharpe ratio
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #d1e842df
 def _arm(x: np.ndarray, i: int, counts: np.ndarray, extra: int, rule: Rule, beta: float = 0.0) -> Arm:
     "Test column i of x, the best of all its columns and of `extra` more."
     z = _z_of(x[:, i], rule)
@@ -110,7 +110,7 @@ def _arm(x: np.ndarray, i: int, counts: np.ndarray, extra: int, rule: Rule, beta
     N = n_star(np.ascontiguousarray(x[:, alive]), counts, rule.quantile) if alive.any() else 0.0
     return Arm(z, N, sidak(float(log_ndtr(z)), max(1.0, N + extra + int((~alive).sum()))), beta)
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #e6f80b57
 def _residuals(x: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "What the benchmark does not explain, mean included, and the betas; exact copies become exactly 0."
     d = b - b.mean()
@@ -165,7 +165,7 @@ def _critical(n: float, level: float) -> float:
     if not (n >= 1 and 0 < level < 1): raise ConfigError(f"{n} trials at level {level}: expected n >= 1 and a level between 0 and 1.")
     return float(ndtri(math.exp(math.log1p(-level) / n)))
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #838b92f2
 def power(target: float, # True annual Sharpe ratio
           years: float, # Length of the data
           n: float, # Effective trials, N* + M
@@ -176,7 +176,7 @@ def power(target: float, # True annual Sharpe ratio
     a = (1.0 + autocorrelation) / (1.0 - autocorrelation)
     return float(ndtr(target * math.sqrt(years / a) - _critical(n, level)))
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #e92db10c
 def years_needed(target: float, # True annual Sharpe ratio hoped for
                  n: float, # Effective trials
                  level: float = 0.005, # Of the verdict
@@ -188,7 +188,7 @@ def years_needed(target: float, # True annual Sharpe ratio hoped for
     a = (1.0 + autocorrelation) / (1.0 - autocorrelation)
     return a * ((_critical(n, level) + float(ndtri(wanted))) / target) ** 2
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #9297b661
 def max_trials(years: float, # Length of the data
                target: float, # True annual Sharpe ratio hoped for
                level: float = 0.005, # Of the verdict
@@ -218,7 +218,7 @@ def _statistical_tests(e: Evidence, level: float, target: float, rule: Rule) -> 
                       "below the target means that none of them has the wanted edge (REJECT)."))
     return tests
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #5494835a
 def _outside_tests(checks: Sequence[Test], required: Sequence[str], excused: Mapping[str, str]) -> list[Test]:
     "The gates that are no statistics: run, excused with a reason, or failed for not having been run."
     given = {t.name: t for t in checks}
@@ -259,7 +259,7 @@ def report(name: str, # One of `MEANING`
     "A figure printed beside the gates, with the sentence that belongs to it."
     return Test(known("reported figure", name, tuple(MEANING)), float(value), None, None, MEANING[name])
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #e07ee8cc
 def _reports(frame: pd.DataFrame, e: Evidence, look: int, needed: float, seed: int) -> list[Test]:
     "What is printed and does not gate."
     figures = {"trials": e.n + e.counted, "n_star": e.cash.n_star, "counted_only": e.counted, "look": look, "years_needed": needed}
@@ -272,6 +272,46 @@ def _reports(frame: pd.DataFrame, e: Evidence, look: int, needed: float, seed: i
                     "spa_consistent": spa(alive, pd.Series(0.0, index=frame.index), reps=499, seed=seed).consistent}
     return [report(k, figures[k]) for k in MEANING if k in figures]
 
+# %% ../../nbs/validation/05_verdict.ipynb #d97625bf
+def check_costs(ret: Any, # (T,) daily net returns of the pick, with fees and slippage doubled
+               ) -> Test: # costs_2x
+    "Does it still earn at twice the costs?"
+    m = clean(ret).mean() * 365
+    return Test("costs_2x", float(m), 0.0, bool(m > 0), "Mean return a year with fees and slippage doubled; a thin edge dies here first.")
+
+# %% ../../nbs/validation/05_verdict.ipynb #1b590ba1
+def check_canaries(failed: Sequence[str], # Names of the canaries that did not behave
+                   run: int, # How many were run
+                  ) -> Test: # canaries
+    "Did the pipeline fail to find an edge in noise, and find the one that was planted?"
+    if run < 1: return Test("canaries", math.nan, 0.0, False, "NOT RUN: no canary was tried.")
+    names = f" Failed: {', '.join(failed)}." if failed else ""
+    return Test("canaries", float(len(failed)), 0.0, not failed, f"Canaries out of {run} that did not behave; finds leaks, not luck.{names}")
+
+# %% ../../nbs/validation/05_verdict.ipynb #4025c34d
+def check_holdout(ret: Any, # (T,) daily net returns of the refit pick on the hold-out
+                  opening: int, # From `Ledger.open_holdout`; 1 = the first time
+                 ) -> Test: # holdout_sign
+    "Has the part of the data that was opened once the right sign?"
+    total = float(np.prod(1.0 + clean(ret)) - 1.0)
+    late = "" if opening == 1 else f" This was opening number {opening}: a hold-out opened twice proves nothing, so it fails."
+    return Test("holdout_sign", total, 0.0, bool(total > 0 and opening == 1),
+                f"Return on the hold-out; only its sign counts, since it is too short to measure anything.{late}")
+
+# %% ../../nbs/validation/05_verdict.ipynb #46dadc51
+def check_seeds(scores: Any, # (seeds,) or (seeds, tasks): Sharpe ratio of each run of the pick
+                least: int = 5, # Fewer seeds decide nothing
+               ) -> Test: # seeds
+    "Is it the policy that earns, or a lucky seed?"
+    n = len(np.asarray(scores))
+    if n < least: return Test("seeds", math.nan, 0.0, False, f"OPEN: {n} seeds, at least {least} are needed.")
+    iv = seed_interval(scores)
+    says = f"Lower end of the interquartile mean over {n} seeds ({iv.value:.2f}); luck of training only, nothing about the market."
+    if iv.value > 0 >= iv.low:
+        wanted = math.ceil(n * ((iv.value - iv.low) / iv.value) ** 2) + 1
+        return Test("seeds", math.nan, 0.0, False, f"OPEN: interval from {iv.low:.2f} to {iv.high:.2f}; about {wanted} seeds would decide.")
+    return Test("seeds", iv.low, 0.0, bool(iv.low > 0), says)
+
 # %% ../../nbs/validation/05_verdict.ipynb #0325c4e9
 def _table(benchmarks: Any, index: pd.DatetimeIndex) -> dict[str, np.ndarray]:
     "Benchmarks as named arrays on exactly the rows of the strategies."
@@ -283,7 +323,7 @@ def _table(benchmarks: Any, index: pd.DatetimeIndex) -> dict[str, np.ndarray]:
         if flat(out[str(name)][:, None])[0]: raise DataError(f"benchmark {name!r} does not vary; cash is tested anyway, leave it out.")
     return out
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #2ea66149
 def _enough_changes(changes: Mapping[str, float] | None, columns: Sequence[str], least: int) -> np.ndarray:
     "Which columns changed their position often enough to be candidates."
     if changes is None: return np.ones(len(columns), bool)
@@ -291,7 +331,7 @@ def _enough_changes(changes: Mapping[str, float] | None, columns: Sequence[str],
     if lacking: raise DataError(f"no number of position changes is given for {lacking[0]!r} ({len(lacking)} missing).")
     return np.array([changes[k] >= least for k in columns])
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #ddcfa889
 def _next_step(decision: str, e: Evidence, outside: Sequence[Test], target: float, needed: float, level: float, rule: Rule) -> str:
     "What the owner should do now."
     failed = [t for t in outside if t.passed is False and math.isfinite(t.value)]
@@ -307,11 +347,11 @@ def _next_step(decision: str, e: Evidence, outside: Sequence[Test], target: floa
                 "More trials on the same data only raise N; start from a new idea or new data.")
     if e.T < rule.min_days: return f"Gather at least {rule.min_days} days (now {e.T}); until then trade on paper only."
     if e.pick < 0: return f"No configuration varies and changes its position {rule.min_changes} times or more; there is nothing to judge yet."
-    if decide(e, level, target, rule) == ACCEPT and missing: return f"The statistics pass. Run what is missing, then ask again: {', '.join(missing)}."
+    if decide(e, level, target, rule) == ACCEPT and missing: return f"The statistics pass. Run what is open, then ask again: {', '.join(missing)}."
     return (f"A true Sharpe ratio of {target:g} needs about {needed:.1f} years at this many trials; you have {have:.1f}. "
             "Wait, trade on paper, or search fewer and better-founded configurations. Do not search more on the same data.")
 
-# %% ../../nbs/validation/05_verdict.ipynb #2ea66149
+# %% ../../nbs/validation/05_verdict.ipynb #49c19018
 def _admit(daily: pd.DataFrame, excused: Mapping[str, str], names: Sequence[str], target: float, counted_only: int) -> pd.DataFrame:
     "The table of trials, once everything about the question is in order."
     frame = labelled(daily)
@@ -323,13 +363,13 @@ def _admit(daily: pd.DataFrame, excused: Mapping[str, str], names: Sequence[str]
         known("check", k, names)
     return frame
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #a26299a3
 def _stamps(env: Env | None, days: int) -> tuple[str, str]:
     "Now and the expiry, ISO, UTC."
     now = (env or Env()).now()
     return tuple(str(np.datetime64(t, "s")) + "Z" for t in (now, now + np.timedelta64(days, "D")))
 
-# %% ../../nbs/validation/05_verdict.ipynb #ddcfa889
+# %% ../../nbs/validation/05_verdict.ipynb #f1599d61
 def judge(daily: pd.DataFrame, # (T,K) net daily returns of every trial with a series, out of sample
           benchmarks: Any = None, # DataFrame or mapping of Series on the same days: hold, equal weight, momentum
           counted_only: int = 0, # Trials of the family without a series
@@ -365,7 +405,7 @@ def judge(daily: pd.DataFrame, # (T,K) net daily returns of every trial with a s
     verdict = Verdict(decision, tests, {**(digests or {}), **own}, *_stamps(env, rule.expires_days), step, synthetic)
     return verdict, None if e.pick < 0 else str(names[e.pick])
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #b528d632
 def _memory(e: Evidence, rule: Rule) -> float:
     "Lag-one autocorrelation of the pick, clipped; 0 without a pick."
     return float(np.clip(e.moments.autocorrelation, -rule.max_autocorrelation, rule.max_autocorrelation)) if e.moments else 0.0
@@ -375,10 +415,10 @@ def _lines(v: Verdict) -> list[tuple[str, str, str, str, str]]:
     "Name, value, threshold, outcome and meaning of each test."
     num = lambda x: "-" if x is None or not math.isfinite(x) else f"{x:.4g}"
     mark = {True: "pass", False: "FAIL", None: ""}
-    state = lambda t: "NOT RUN" if t.passed is False and not math.isfinite(t.value) else mark[t.passed]
+    state = lambda t: "OPEN" if t.passed is False and not math.isfinite(t.value) else mark[t.passed]
     return [(t.name, num(t.value), num(t.threshold), state(t), t.meaning) for t in v.tests]
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #7e85764f
 def verdict_table(v: Verdict, # The verdict
                   width: int = 118, # Characters a line
                  ) -> str: # Plain text
@@ -395,7 +435,7 @@ def verdict_table(v: Verdict, # The verdict
         out += [cells(r) + text[0], *(" " * pad + t for t in text[1:])]
     return "\n".join(line.rstrip() for line in out)
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #501c5922
 def verdict_html(v: Verdict) -> str: # HTML fragment
     "The verdict as an HTML table; in a notebook, wrap it in IPython.display.HTML."
     esc = lambda r, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in r) + "</tr>"
@@ -416,7 +456,7 @@ def verdict_to_json(v: Verdict, # The verdict
             "expires": v.expires, "next_step": v.next_step, "synthetic": v.synthetic}
     return json.dumps({**body, "digest": digest(body)}, indent=1, allow_nan=False)
 
-
+# %% ../../nbs/validation/05_verdict.ipynb #2de9f530
 def verdict_from_json(text: str | bytes, # What `verdict_to_json` wrote
                      ) -> Verdict: # Equal to the original
     "Read a verdict back; anything damaged, edited or foreign is refused."

@@ -1,0 +1,83 @@
+"""Commands from outside: exit codes, one line for a refusal, strict JSON, nothing on stdout that a pipe would choke on."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from stratfam import cli
+
+
+@pytest.fixture
+def stratfam(tmp_path, monkeypatch, capsys):
+    "Run a command line in an empty folder; gives (code, stdout, stderr)."
+    monkeypatch.chdir(tmp_path)
+    for name in [n for n in os.environ if n.startswith("STRATFAM_")]: monkeypatch.delenv(name)
+    def call(*args):
+        code = cli.run(list(args))
+        return code, *capsys.readouterr()
+    return call
+
+
+@pytest.mark.parametrize(("args", "code", "says"), [
+    (["dmo"], 2, "Did you mean 'demo'?"),
+    (["report", "--templat", "x"], 2, "--template"),
+    (["data", "chek"], 2, "Did you mean 'check'?"),
+    (["data", "worlds", "momentm"], 1, "Did you mean 'momentum'?"),
+    (["data", "check", "nowhere"], 1, "no such folder"),
+    (["data", "download", "--preset", "majors1h"], 1, "Did you mean 'majors-1h'?"),
+    (["config", "check", "--set", "limits.max_leverage=21"], 1, "less than or equal to 20"),
+    (["config", "check", "--set", "secrets.weex_api_key=a"], 1, "must not stand here"),
+    (["config", "check", "--config", "none.toml"], 1, "no such settings file"),
+    (["report", "nowhere"], 1, "no saved run here"),
+    (["report", "--template", "validaton", "--sample"], 1, "Did you mean 'validation'?"),
+    (["report", "--sample", "--param", "x"], 2, "expected name=value"),
+    (["report"], 1, "give its folder"),
+])
+def test_a_refusal_is_one_line_with_the_right_code(stratfam, args, code, says):
+    got, out, err = stratfam(*args)
+    assert (got, out) == (code, "") and says in err and err.count("\n") == 1 and err.startswith("stratfam: ")
+
+
+def test_a_bug_is_one_line_and_a_traceback_only_with_debug(stratfam, monkeypatch):
+    monkeypatch.setattr(cli, "_settings", lambda *_: 1 / 0)
+    code, out, err = stratfam("config", "show")
+    assert code == 1 and err.count("\n") == 1 and "ZeroDivisionError" in err and "--debug" in err
+    with pytest.raises(ZeroDivisionError): cli.run(["config", "show", "--debug"])
+
+
+def test_settings_printed_are_settings_read(stratfam, tmp_path):
+    code, out, _ = stratfam("config", "show", "--set", "limits.stop_loss=off", "--set", "data.symbols=BTCUSDT")
+    (tmp_path / "stratfam.toml").write_text(out)
+    code, again, _ = stratfam("config", "show", "--json")
+    assert code == 0 and json.loads(again)["limits"]["stop_loss"] is None and json.loads(again)["data"]["symbols"] == ["BTCUSDT"]
+
+
+@pytest.mark.parametrize("args", [["doctor", "--json"], ["config", "show", "--json"], ["config", "schema"], ["config", "check", "--json"],
+                                  ["data", "worlds", "--json"], ["data", "worlds", "gbm", "--bars", "100", "--json"]])
+def test_json_is_strict(stratfam, args):
+    code, out, _ = stratfam(*args)
+    assert code == 0 and json.loads(out, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+
+
+def test_a_made_world_is_read_back_and_checked(stratfam, tmp_path):
+    assert stratfam("data", "worlds", "momentum", "--bars", "200", "--save", "w")[0] == 0
+    code, out, _ = stratfam("data", "list", "w", "--json")
+    assert code == 0 and [(r["bars"], r["exchange"]) for r in json.loads(out)] == [(200, "synthetic")] * 3
+    code, out, _ = stratfam("data", "check", "w", "--json")
+    assert code == 0 and {r["missing"] for r in json.loads(out)} == {0}
+
+
+def test_every_command_has_help_with_an_example(stratfam):
+    for group, names in {(): ["demo", "report"], ("data",): ["check", "list", "download", "worlds"], ("config",): ["show", "check"]}.items():
+        for name in names:
+            code, out, _ = stratfam(*group, name, "--help")
+            assert code == 0 and "Example: stratfam" in out, (group, name)
+
+
+def test_the_top_of_the_program_loads_nothing_heavy():
+    heavy = "numpy pandas numba torch matplotlib pydantic rich papermill ccxt"
+    code = f"import sys, stratfam.cli; print([m for m in {heavy.split()} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

@@ -1,0 +1,148 @@
+"""The shipped templates, rendered: complete folders, self-contained pages, honest stamps, nothing left behind by a failure."""
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stratfam import figures, reporting
+from stratfam.core import ConfigError, Env, ExportError, StratfamError, VirtualClock
+
+FILES = ["report.html", "report.ipynb", "result.json", "run", "validation_positions.csv", "validation_results.png", "validation_trades.csv"]
+
+
+class Assets(HTMLParser):
+    "Everything a page would fetch, and whether its tags are closed."
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.open = [], []
+
+    def handle_starttag(self, tag, attrs):
+        at = dict(attrs)
+        names = {"img": ["src", "srcset"], "script": ["src"], "link": ["href"], "iframe": ["src"], "image": ["xlink:href"], "source": ["src"]}
+        self.fetched += [at[n] for n in names.get(tag, []) if at.get(n) and not at[n].startswith(("data:", "#"))]
+        if tag not in {"meta", "br", "img", "hr", "input", "link"}: self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag: self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+
+def check_page(text):
+    "A page asks nothing of any other file and is well formed."
+    page = Assets()
+    page.feed(text)
+    assert page.fetched == [] and page.open == []
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)|require\.js|MathJax", text)
+    for need in ("viewport", "prefers-color-scheme: dark", "@media print"): assert need in text
+
+
+def bare(world):
+    "The same world with everything optional left out."
+    optional = ("verdict", "quality", "trials", "pbo", "logits", "selection", "dsr", "seeds", "stress")
+    return dataclasses.replace(world, paths={}, **dict.fromkeys(optional))
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    "Both templates over the same made-up run."
+    out, env = tmp_path_factory.mktemp("runs"), Env(clock=VirtualClock())
+    run = figures.sample_run(bars=900)
+    return {t: reporting.run_report(t, None, out, env, run) for t in ("validation", "demo")}
+
+
+@pytest.mark.parametrize("template", ["validation", "demo"])
+def test_a_template_makes_a_complete_self_contained_folder(rendered, template):
+    made = rendered[template]
+    assert re.fullmatch(r"20231114T221320Z-sample-[0-9a-f]{8}", made.parent.name)
+    assert sorted(p.name for p in made.parent.iterdir()) == FILES
+    text = made.read_text(encoding="utf-8")
+    check_page(text)
+    assert text.index("REJECT") < text.index("<svg"), "the verdict comes before the first curve"
+    assert "SYNTHETIC DATA" in text and text.count("<figcaption>") >= 15 and "An Exception was encountered" not in text
+    result = json.loads((made.parent / "result.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    assert [w["decision"] for w in result["worlds"]] == ["REJECT", "ACCEPT"] and result["synthetic"] is True
+    assert (made.parent / "validation_results.png").read_bytes()[:4] == b"\x89PNG"
+    assert pd.read_csv(made.parent / "validation_trades.csv")["synthetic"].all()
+
+
+def test_a_saved_run_renders_again_from_its_folder(rendered, tmp_path):
+    again = reporting.run_report("validation", {"run": str(rendered["validation"].parent / "run")}, tmp_path, Env(clock=VirtualClock()))
+    assert again.parent.name == rendered["validation"].parent.name, "same run, template and time: same digest in the name"
+    assert again.read_bytes() == rendered["validation"].read_bytes()
+
+
+def test_the_index_lists_every_run_and_survives_a_damaged_one(rendered):
+    out = rendered["demo"].parents[1]
+    (out / "broken").mkdir()
+    (out / "broken" / "result.json").write_text("{")
+    text = reporting.write_index(out).read_text()
+    check_page(text)
+    assert text.count("/report.html") == 3 and "result.json is not JSON" in text
+
+
+def test_what_was_not_measured_is_said_in_words():
+    w = bare(figures.sample_run(bars=300).worlds[0])
+    for name in ("paths", "pbo", "selection", "dsr", "seeds", "stress"):
+        assert "[not measured]" in repr(getattr(figures, f"{name}_figure")(w)), name
+    assert "No verdict was asked for" in reporting.verdict_box(w).code and "not checked" in reporting.quality_table(w).code
+
+
+@pytest.mark.parametrize("bars", [50, 61, 700])
+def test_short_and_lost_accounts_are_drawn(bars):
+    w = figures.sample_run(bars=bars).worlds[0]
+    b = w.backtests["ppo"]
+    first, none = np.eye(1, bars)[0], np.zeros(bars)
+    lost = dataclasses.replace(b, equity=none, ret=-first, price_pnl=-b.capital * first, fee=none, slippage=none,
+                               trades=b.trades.iloc[:0], gate_events=b.gate_events.iloc[:0])
+    ruined = dataclasses.replace(w, backtests={**w.backtests, "ppo": lost})
+    for name in ("equity", "months", "rolling", "returns", "pnl", "gate"):
+        for world in (w, ruined): assert getattr(figures, f"{name}_figure")(world).code.startswith("<figure")
+    assert figures.results_picture(ruined)[:4] == b"\x89PNG"
+
+
+def test_unknown_names_are_refused_before_anything_is_made(tmp_path):
+    run = figures.sample_run(bars=300)
+    with pytest.raises(ConfigError, match="Did you mean 'run'"): reporting.run_report("validation", {"rnu": "x"}, tmp_path / "a", run=run)
+    with pytest.raises(ConfigError, match="Did you mean 'demo'"): reporting.run_report("dmo", None, tmp_path / "a", run=run)
+    with pytest.raises(ConfigError, match="give its folder"): reporting.run_report("demo", None, tmp_path / "a")
+    with pytest.raises(ExportError, match="no saved run here"): reporting.run_report("demo", {"run": str(tmp_path)}, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_interrupted_run_leaves_no_folder(tmp_path, monkeypatch):
+    def stop(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(reporting, "_execute", stop)
+    with pytest.raises(KeyboardInterrupt): reporting.run_report("demo", None, tmp_path, run=figures.sample_run(bars=300))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_no_folder(tmp_path, monkeypatch):
+    import errno
+    def full(*_, **__): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("stratfam.core.os.replace", full)
+    run = figures.sample_run(bars=300)
+    with pytest.raises(StratfamError, match="No space left on device"): reporting.save_run(run, tmp_path / "saved")
+    assert not (tmp_path / "saved" / "run.json").exists()
+
+
+def test_a_run_with_something_unknown_is_refused_by_place(tmp_path):
+    run = figures.sample_run(bars=300)
+    odd = dataclasses.replace(run.worlds[0], facts={"source": object()})
+    with pytest.raises(ExportError, match=r"worlds\.0\.facts\.source: a object"):
+        reporting.save_run(dataclasses.replace(run, worlds=(odd,)), tmp_path)
+
+
+def test_a_foreign_type_in_a_saved_run_is_refused(tmp_path):
+    folder = reporting.save_run(figures.sample_run(bars=300), tmp_path / "saved")
+    index = json.loads((folder / "run.json").read_text())
+    index["run"]["worlds"][0]["$type"] = "Popen"
+    (folder / "run.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="Unknown saved type 'Popen'"): reporting.load_run(folder)
