@@ -25,18 +25,20 @@ from .observe import field_codes, log_returns, ready, rolling_std, scaled, write
 from ..risk.gate import HALTED, work_space
 
 # %% ../../nbs/market/03_env.ipynb #21f15242
-ACTION = np.dtype([(k, "f8") for k in ("mul", "add", "low", "gross")])
+ACTION = np.dtype([(k, "f8") for k in ("mul", "add", "low", "gross", "each")])
 
 @dataclass(frozen=True)
 class Actions:
     "What a network's numbers mean."
     gross: float = 1.0 # Sum of |weight| of a fully invested book
+    each: float | None = None # Share of it that a wish of 1 stands for; None = two equal shares, 2/N and at most 1
     short: bool = False # May wishes be negative?
     levels: tuple[float, ...] = () # Discrete wishes, ascending; empty = continuous actions in [-1, 1]
 
     def __post_init__(self):
         object.__setattr__(self, "levels", tuple(float(v) for v in self.levels))
         if not self.gross > 0: raise ConfigError(f"gross is {self.gross!r}, expected a positive sum of |weight|.")
+        if self.each is not None and not 0 < self.each <= 1: raise ConfigError(f"each is {self.each!r}, expected a share from 0 to 1, or None.")
         low = -1.0 if self.short else 0.0
         if self.levels and (0.0 not in self.levels or list(self.levels) != sorted(set(self.levels)) or self.levels[0] < low or self.levels[-1] > 1.0):
             raise ConfigError(f"levels are {self.levels}, expected ascending numbers from {low:g} to 1 that include 0 (flat).")
@@ -44,30 +46,33 @@ class Actions:
     @property
     def packed(self) -> np.ndarray: # (1,) record of `ACTION`
         mul, add = (0.5, 0.5) if not self.short and not self.levels else (1.0, 0.0)
-        return np.array([(mul, add, -1.0 if self.short else 0.0, self.gross)], ACTION)
+        return np.array([(mul, add, -1.0 if self.short else 0.0, self.gross, np.nan if self.each is None else self.each)], ACTION)
 
 # %% ../../nbs/market/03_env.ipynb #a0177c81
 def actions_for(a: Arena, # The market and its limits
                 kind: Literal["continuous", "discrete"] = "continuous",
                 sizes: Sequence[float] = (1.0,), # Discrete: sizes in (0, 1]
                 gross: float | None = None, # None = all that the limits allow
+                each: float | None = None, # As for `Actions`
                ) -> Actions: # Long only on spot
     "The actions a market allows."
     p, short = a.limits.position, a.bars.market == "perp"
     gross = min(p.max_leverage, p.max_leverage if p.max_gross is None else p.max_gross) if gross is None else gross
-    if known("kind of action", kind, ("continuous", "discrete")) == "continuous": return Actions(gross, short)
-    return Actions(gross, short, (*(-s for s in sorted(sizes, reverse=True) if short), 0.0, *sorted(sizes)))
+    if known("kind of action", kind, ("continuous", "discrete")) == "continuous": return Actions(gross, each, short)
+    return Actions(gross, each, short, (*(-s for s in sorted(sizes, reverse=True) if short), 0.0, *sorted(sizes)))
 
 # %% ../../nbs/market/03_env.ipynb #c313bac1
 @njit(**KERNEL)
 def write_weights(raw, act, out):
     "Target weights (B,N) float64 of the wishes raw (B,N) float32; a NaN wish stays NaN (HOLD) and takes no share."
+    each = act.each if np.isfinite(act.each) else min(1.0, 2.0 / raw.shape[1])
     for b in range(raw.shape[0]):
         total = 0.0
         for n in range(raw.shape[1]):
             w = raw[b, n] * act.mul + act.add
             if w > 1.0: w = 1.0
             if w < act.low: w = act.low
+            w *= each
             out[b, n] = w
             if np.isfinite(w): total += abs(w)
         f = act.gross / max(1.0, total)
@@ -97,7 +102,7 @@ def share_out(actions: Actions, wishes: np.ndarray) -> np.ndarray: # (B,N) float
 # %% ../../nbs/market/03_env.ipynb #3b452cbe
 REWARDS: tuple[str, ...] = ("log", "volatility", "sharpe", "drawdown")
 _LOG, _VOLATILITY, _SHARPE, _DRAWDOWN = 0, 1, 2, 3
-REWARD = np.dtype([("kind", "i8")] + [(k, "f8") for k in ("scale", "sd", "eta", "penalty")])
+REWARD = np.dtype([("kind", "i8")] + [(k, "f8") for k in ("scale", "sd", "eta", "penalty", "control")])
 MEMORY = np.dtype([(k, "f8") for k in ("mean", "square", "drawdown")]) # What a reward remembers of one account
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class Reward:
     scale: float | None = 1.0 # Factor; None = in standard deviations of the basket on the train rows
     penalty: float = 1.0 # drawdown: weight of fresh drawdown
     half_life: float = 168.0 # sharpe: of the running moments, bars
+    control: float = 0.0 # log, volatility, drawdown: this times the basket's log return is subtracted; no action can change it
 
     def __post_init__(self):
         known("reward", self.name, REWARDS)
@@ -115,9 +121,10 @@ class Reward:
 
 # %% ../../nbs/market/03_env.ipynb #16dd181c
 @njit(**KERNEL)
-def reward_of(rew, m, before, after, top, sd):
-    "Reward of one account for one step; `m`: its memory, `top`: its highest equity, `sd`: the basket's volatility at the decision."
+def reward_of(rew, m, before, after, top, sd, market):
+    "Reward of one account for one step; `m`: its memory, `top`: its highest equity, `sd`, `market`: volatility and log return of the basket."
     r = np.log(max(after / before, 1e-4)) if before > 0.0 else 0.0
+    if rew.kind != _SHARPE: r -= rew.control * market
     if rew.kind == _VOLATILITY: r *= rew.sd / sd
     elif rew.kind == _DRAWDOWN:
         d = 1.0 - after / top
@@ -135,8 +142,8 @@ def reward_of(rew, m, before, after, top, sd):
 def basket_volatility(bars: Bars, # The market
                       rows: Sequence[tuple[int, int]], # Train intervals: the yardstick reads these alone
                       window: int = 168, # Bars of the causal estimate
-                     ) -> tuple[np.ndarray, float]: # (T,) standard deviation per bar, and the yardstick
-    "Causal volatility of the equal-weight market, and its standard deviation on the train rows."
+                     ) -> tuple[np.ndarray, float]: # (T,2) standard deviation per bar and log return, and the yardstick
+    "Causal volatility and return of the equal-weight market, and its standard deviation on the train rows."
     r = log_returns(bars)
     n = np.isfinite(r).sum(axis=1)
     basket = np.where(n > 0, np.nansum(r, axis=1) / np.maximum(n, 1), np.nan)
@@ -144,15 +151,17 @@ def basket_volatility(bars: Bars, # The market
     seen = seen[np.isfinite(seen)]
     sd = float(seen.std()) if len(seen) > 1 else 0.0
     if not sd > 0.0: raise DataError(f"the market does not move on the train rows {list(rows)[:3]}; there is nothing to learn there.")
-    out = np.empty((len(bars), 1))
-    rolling_std(np.ascontiguousarray(basket[:, None]), window, out)
-    return np.where(out[:, 0] > 0.1 * sd, out[:, 0], np.where(np.isfinite(out[:, 0]), 0.1 * sd, sd)), sd
+    vol = np.empty((len(bars), 1))
+    rolling_std(np.ascontiguousarray(basket[:, None]), window, vol)
+    vol = np.where(np.isfinite(vol), np.maximum(vol, 0.1 * sd), sd)
+    return np.hstack([vol, np.nan_to_num(basket)[:, None]]), sd
 
 # %% ../../nbs/market/03_env.ipynb #266c59b1
 def pack_reward(reward: Reward, sd: float) -> np.ndarray: # (1,) record of `REWARD`
     "A reward for compiled code."
     scale = 1.0 / sd if reward.scale is None else reward.scale
-    return np.array([(REWARDS.index(reward.name), scale, sd, 1.0 - 0.5 ** (1.0 / reward.half_life), reward.penalty)], REWARD)
+    return np.array([(REWARDS.index(reward.name), scale, sd, 1.0 - 0.5 ** (1.0 / reward.half_life), reward.penalty,
+                      reward.control)], REWARD)
 
 # %% ../../nbs/market/03_env.ipynb #be91c40c
 def episode_starts(good: np.ndarray, # (T,) bool, rows that can be observed
@@ -243,7 +252,9 @@ def step_batch(raw, obs, act, rew, x, window, codes, ask, starts, length, basket
         truncated[b] = t[b] == last[b]
         if walking and truncated[b]: close_out(bars, costs, sym, lims, acct, gates, slots, pos, b, t[b], log)
         if not walking and done_for(gates[b], slots, b): terminated[b], truncated[b] = True, False
-        reward[b] = reward_of(rew[0], memory[b], before[b], acct[b].equity, acct[b].top, basket[at[b]])
+        market = 0.0
+        for i in range(at[b] + 1, t[b] + 1): market += basket[i, 1]
+        reward[b] = reward_of(rew[0], memory[b], before[b], acct[b].equity, acct[b].top, basket[at[b], 0], market)
         over = over or terminated[b] or truncated[b]
     write_observations(x, window, codes, bars, sym, acct, gates, slots, pos, t, obs)
     if not over: return
@@ -313,7 +324,7 @@ def _write(self: BatchEnv) -> np.ndarray:
     write_observations(self.x, w, field_codes(self.spec), a.market.bars, a.rules.sym, *self.state, np.maximum(self.t, w - 1), self._obs[0])
     return self._obs[0]
 
-
+# %% ../../nbs/market/03_env.ipynb #90cc97ae
 BatchEnv._allocate, BatchEnv._write = _allocate, _write
 
 # %% ../../nbs/market/03_env.ipynb #929ccdcb
@@ -344,7 +355,7 @@ def _step(self: BatchEnv,
     step_batch(raw, self._obs[0], *self._tail)
     return self._obs[0], self.paid, self.terminated, self.truncated
 
-
+# %% ../../nbs/market/03_env.ipynb #01a4e5e3
 BatchEnv.reset, BatchEnv.step = _reset, _step
 
 # %% ../../nbs/market/03_env.ipynb #282ebf39

@@ -188,7 +188,7 @@ class RuleKind(NamedTuple):
     needs: tuple[str, ...] # Features, "{}" standing for the parameter `bars`
     parameters: Mapping[str, float] # Names and defaults
 
-
+# %% ../../nbs/policies/00_base.ipynb #b5620a5a
 RULES: Mapping[str, RuleKind] = MappingProxyType({
     "cash": RuleKind(cash, math.inf, (), {}),
     "buy_and_hold": RuleKind(equal, math.inf, (), {}),
@@ -303,7 +303,7 @@ def _fit_baseline(self: Baseline,
     if self.name == "volatility_target": p["target"] /= math.sqrt(bars_per_year(task.bars.step))
     return Rule(ObservationSpec(names, window, account=("weight",)), self.name, tuple(sorted(p.items())), self.gross, short)
 
-
+# %% ../../nbs/policies/00_base.ipynb #9fee1400
 Baseline.fit = _fit_baseline
 
 # %% ../../nbs/policies/00_base.ipynb #4f0d8231

@@ -9,7 +9,7 @@ __all__ = ['ALGORITHMS', 'CryptoVecEnv', 'Algorithm', 'isolated', 'linears', 'ac
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -73,16 +73,16 @@ class Algorithm(NamedTuple):
     activation: Literal["tanh", "relu"]
     options: Mapping[str, Any] # Of the library's constructor
 
-
-_ON = {"gamma": 0.95, "gae_lambda": 0.9, "ent_coef": 0.0, "max_grad_norm": 0.5}
-_OFF = {"gamma": 0.95, "batch_size": 256, "buffer_size": 50_000, "learning_starts": 2_000, "learning_rate": 1e-3, "train_freq": 1,
+# %% ../../nbs/policies/01_sb3.ipynb #7cb535b8
+_ON = {"gamma": 0.9, "gae_lambda": 0.0, "ent_coef": 0.0, "max_grad_norm": 0.5, "log_std_init": -1.0, "learning_rate": 1e-3}
+_OFF = {"gamma": 0.9, "batch_size": 256, "buffer_size": 50_000, "learning_starts": 2_000, "learning_rate": 1e-3, "train_freq": 1,
         "gradient_steps": 2}
 ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType({
-    "PPO": Algorithm(PPO, 250_000, 64, (64, 64), "tanh", {**_ON, "n_steps": 64, "batch_size": 1024, "n_epochs": 5, "learning_rate": 1e-3}),
-    "A2C": Algorithm(A2C, 250_000, 64, (64, 64), "tanh", {**_ON, "n_steps": 16, "learning_rate": 1e-3, "use_rms_prop": False}),
+    "PPO": Algorithm(PPO, 250_000, 64, (64, 64), "tanh", {**_ON, "n_steps": 32, "batch_size": 1024, "n_epochs": 4}),
+    "A2C": Algorithm(A2C, 250_000, 64, (64, 64), "tanh", {**_ON, "n_steps": 8, "use_rms_prop": False}),
     "DDPG": Algorithm(DDPG, 30_000, 16, (64, 64), "relu", _OFF),
     "TD3": Algorithm(TD3, 30_000, 16, (64, 64), "relu", _OFF),
-    "SAC": Algorithm(SAC, 30_000, 16, (64, 64), "relu", _OFF)})
+    "SAC": Algorithm(SAC, 30_000, 16, (64, 64), "relu", {**_OFF, "ent_coef": "auto_0.05"})})
 
 # %% ../../nbs/policies/01_sb3.ipynb #bc02f075
 @contextmanager
@@ -139,12 +139,14 @@ class SB3Fit:
     window: int = 1 # Bars seen
     account: tuple[str, ...] = ACCOUNT_FIELDS # Account fields seen
     reward: Reward = Reward("log", None) # What is paid, in units of the market's volatility
+    control: float | None = None # As in `Reward`; None = 1 on spot and 0 on perpetuals, where nothing is held on average
     kind: Literal["continuous", "discrete"] = "continuous" # Actions; discrete for PPO and A2C
     sizes: tuple[float, ...] = (1.0,) # Discrete: sizes of a position
     episode: int = 168 # Steps
     accounts: int | None = None # Parallel accounts; None = the algorithm's default
     hidden: tuple[int, ...] | None = None # Units of each hidden layer
     scaling: Literal["robust", "standard", "none"] = "robust" # Of the features, on train rows
+    each: float | None = None # Share of the book that a wish of 1 stands for, as in `Actions`
     options: tuple[tuple[str, Any], ...] = () # Arguments of the library's constructor that differ from `ALGORITHMS`
 
     stochastic = True
@@ -178,13 +180,16 @@ def _model(self: SB3Fit, env: VecEnv, seed: int) -> BaseAlgorithm:
         n = env.action_space.shape[0]
         options = {"action_noise": NormalActionNoise(np.zeros(n), np.full(n, 0.3)), **options}
     act = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[a.activation]
-    net = {"net_arch": list(self.hidden or a.hidden), "activation_fn": act, "optimizer_class": torch.optim.Adam, "optimizer_kwargs": {"fused": True}}
+    if self.algo == "SAC": options = {"target_entropy": -2.0 * env.action_space.shape[0], **options}
+    noise = {"log_std_init": options.pop("log_std_init")} if "log_std_init" in options else {}
+    net = {**noise, "net_arch": list(self.hidden or a.hidden), "activation_fn": act, "optimizer_class": torch.optim.Adam,
+           "optimizer_kwargs": {"fused": True}}
     return a.make("MlpPolicy", env, seed=seed, device="cpu", policy_kwargs=net, **options)
 
-
+# %% ../../nbs/policies/01_sb3.ipynb #9ffba80e
 SB3Fit._spec, SB3Fit._model = _spec, _model
 
-# %% ../../nbs/policies/01_sb3.ipynb #9ffba80e
+# %% ../../nbs/policies/01_sb3.ipynb #d3dc76fd
 def _fit(self: SB3Fit,
          task: Task, # The market
          train: Sequence[tuple[int, int]], # Rows it may learn from
@@ -194,13 +199,14 @@ def _fit(self: SB3Fit,
     "Train and return the actor."
     a, arch = task_arena(task), ALGORITHMS[self.algo]
     total, spec = self.steps or task.budget or arch.steps, self._spec(task, train)
-    batch = BatchEnv(a, task.features, spec, train, actions_for(a, self.kind, self.sizes), self.reward, self.accounts or arch.accounts,
-                     self.episode, seed)
+    control = float(task.bars.market == "spot") if self.control is None else self.control
+    batch = BatchEnv(a, task.features, spec, train, actions_for(a, self.kind, self.sizes, each=self.each),
+                     replace(self.reward, control=control), self.accounts or arch.accounts, self.episode, seed)
     with isolated():
         model = self._model(CryptoVecEnv(batch), seed)
         model.learn(total, callback=Report(batch, total, progress) if progress else None, log_interval=None)
         layers, head, spread = actor_of(model)
     return Network(spec, batch.actions, layers, arch.activation, head, spread)
 
-
+# %% ../../nbs/policies/01_sb3.ipynb #00edd98a
 SB3Fit.fit = _fit
