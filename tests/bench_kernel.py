@@ -4,8 +4,8 @@ vectorbt runs in its own environment: STRATFAM_PEERS names a Python that has it.
 Times are medians of interleaved rounds. The semantics that coincide with vectorbt: all-in longs at the next open, a fee each side,
 stop and target from the entry price (vectorbt's `stop_entry_price="fillprice"`; its default is the close), stop before target. What
 differs: where an exit signal meets its stop in one bar, the signal fills first here, at the open, where it comes first in time, and
-vectorbt lets the stop rule; a target fills here only when traded through; the sweep sells what is left at the end, vectorbt marks it. `without_ties` takes the few such signals away (26 of a
-million bars), and then all trades are equal.
+vectorbt lets the stop rule; a target fills here only when traded through; the sweep sells what is left at the end, vectorbt marks it.
+`without_ties` takes the few such signals away (26 of a million bars), and then all trades are equal.
 """
 import contextlib
 import json
@@ -161,8 +161,8 @@ def one_rows(rounds=7, T=1_000_000):
     agree = closed == last["trades"] and abs(equity / last["final"] - 1) <= 1e-9 and np.array_equal(ends, last["exits"][:closed])
     apart = abs(equity / last["final"] - 1)
     return [*rows, row(what, ours, "s", ">= 5x", bool(other / ours >= 5 and agree), other / ours, "vectorbt", version),
-            row(f"the same: final equity apart (all {closed:,} closed trades equal: {agree})", apart, "relative", "<= 1e-9", bool(agree), None, "vectorbt",
-                version)]
+            row(f"the same: final equity apart (all {closed:,} closed trades equal: {agree})", apart, "relative", "<= 1e-9", bool(agree),
+                peer="vectorbt", version=version)]
 
 
 def sweep_arena(T):
