@@ -298,9 +298,8 @@ def reductions(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
         down = 0
         if L != 0 and (L > 0) != (P > 0): down = -L
         elif abs(P) < abs(L): down = P - L
-        if down != 0:
-            cause = max(pos[b, n].cause, POLICY_ORDER)
-            fill(costs, sym[n], lim, a, g, slots[b, n], pos[b, n], bars[t, n], b, t, n, down, x.open, cause, log)
+        p = pos[b, n]
+        if down != 0: fill(costs, sym[n], lim, a, g, s, p, x, b, t, n, down, x.open, max(p.cause, POLICY_ORDER), log)
         remain = remain or s.lots != P
     return remain
 

@@ -71,7 +71,7 @@ MUTANTS = [
     ("funding is paid to the payer", ACCOUNT, "a.cash -= pay", "a.cash += pay", ORACLE),
     ("unknown funding is free", ACCOUNT, "abs(q) * x.mark * costs.funding", "0.0", ORACLE),
     ("the entry price is the last fill", ACCOUNT, "p.entry = (abs(held) * p.entry + abs(lots) * price) / (abs(held) + abs(lots))", "p.entry = price", ORACLE),
-    ("an order fills at the bar's close", ACCOUNT, "down, x.open, max(pos[b, n].cause", "down, x.close, max(pos[b, n].cause", ORACLE),
+    ("an order fills at the bar's close", ACCOUNT, "down, x.open, max(p.cause", "down, x.close, max(p.cause", ORACLE),
     ("an entry fills at the bar's close", ACCOUNT, "s, o = slots[b, n], bars[t, n].open\n", "s, o = slots[b, n], bars[t, n].close\n", ORACLE),
     ("a missing bar fills at the last mark", ACCOUNT, "        if x.ok == 0.0:\n            s.pending = L\n            continue\n", "", ORACLE),
     ("a reduction crosses zero", ACCOUNT, "if L != 0 and (L > 0) != (P > 0): down = -L", "if L != 0 and (L > 0) != (P > 0): down = P - L", ORACLE),
