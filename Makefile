@@ -57,8 +57,8 @@ drift: setup ## committed notebooks are clean, stratfam/ is what they export, RE
 hooks: setup ## git: merge driver for notebooks, drift check before each commit
 	tools/hooks.sh
 
-bench: setup ## speed against peers, side by side (minutes; writes reports/runs)
-	$(PYTEST) tests -m bench -s $(NONE_OK)
+bench: setup ## speed against peers, side by side in one run (about ten minutes; STRATFAM_PEERS=python of an environment with peers)
+	$(BIN)/stratfam bench all
 
 soak: setup ## long runs until stopped: SOAK_SECONDS=600 by default
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(PYTEST) tests -m soak -s $(NONE_OK)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'config_app', 'Json', 'Config', 'Set', 'Folder', 'Symbols', 'Step', 'Market', 'PACKAGES', 'run',
            'main', 'show', 'demo', 'data_check', 'data_list', 'data_download', 'data_worlds', 'report', 'config_show',
-           'config_check', 'config_schema', 'doctor']
+           'config_check', 'config_schema', 'doctor', 'bench']
 
 # %% ../nbs/cli.ipynb #1d2150a8
 import json
@@ -326,6 +326,37 @@ def doctor(as_json: Json = False) -> None:
     text = "\n".join(f"{mark:4}  {what:18}  {value}" for mark, what, value in rows)
     show([dict(zip(("mark", "what", "value"), r)) for r in rows], as_json, text)
     if any(mark == "fail" for mark, _, _ in rows): raise typer.Exit(1)
+
+# %% ../nbs/cli.ipynb #b74486df
+def _benches() -> dict[str, Path]:
+    "The benchmarks of this source tree by name."
+    from stratfam.core import ConfigError
+    found = {p.stem.removeprefix("bench_"): p for p in sorted((Path(__file__).resolve().parents[1] / "tests").glob("bench_*.py"))}
+    if not found: raise ConfigError("there are no benchmarks here: they come with the source tree, not with an installed package.")
+    return found
+
+
+def _measure(path: Path) -> list[dict]:
+    "Run one benchmark."
+    import importlib.util
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return [{**row, "command": f"stratfam bench {path.stem.removeprefix('bench_')}"} for row in module.bench()]
+
+# %% ../nbs/cli.ipynb #3f346bc8
+@app.command()
+def bench(name: Annotated[str, typer.Argument(help="kernel, env, splits, pbo, weex_client, weex_exchange; or all")],
+          as_json: Json = False) -> None:
+    "Measure speeds beside their peers, in one run (minutes; needs the source tree)."
+    import pandas as pd
+
+    from stratfam.core import known
+    found = _benches()
+    chosen = list(found) if name == "all" else [known("benchmark", name, [*found, "all"])]
+    rows = [r for n in chosen for r in _measure(found[n])]
+    show(rows if as_json else pd.DataFrame(rows).drop(columns="command"), as_json)
 
 # %% ../nbs/cli.ipynb #540b3916
 if __name__ == "__main__" and "stratfam" in (__spec__.name if __spec__ else ""): main()

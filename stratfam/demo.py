@@ -101,7 +101,7 @@ def find_bars(data: Path | None, # A folder named by the user
 @dataclass(frozen=True)
 class Plan:
     "What is fixed before the first result."
-    limits: Limits = field(default_factory=lambda: limits_from(stop_loss=0.05, take_profit=0.15, max_drawdown=0.25, daily_loss=0.05))
+    limits: Limits = field(default_factory=lambda: limits_from(stop_loss=0.05, take_profit=0.15, max_drawdown=0.25, daily_loss=0.05, min_trade=0.02))
     costs: Costs = field(default_factory=lambda: Costs(taker=0.001, maker=0.001, slippage_bps=2.0))
     groups: int = 6 # CPCV: N
     test: int = 2 # CPCV: k
@@ -253,10 +253,10 @@ def own_market(found: Found, steps: int) -> Market:
     "The user's bars: rules and one trained PPO policy."
     from stratfam.policies.sb3 import SB3Fit
     plan = Plan()
-    names = DEFAULT if found.bars.ohl_known else CLOSE_ONLY
+    seen = ("return_1", "return_24", "return_168", "rsi", "volatility_ratio")
     fits = {"cash": baseline("cash"), "buy and hold": baseline("buy_and_hold"), "equal weight": baseline("equal_weight"),
             "momentum": baseline("momentum", bars=168), "mean reversion": baseline("mean_reversion", bars=168),
-            "PPO": SB3Fit("PPO", features=tuple(names), steps=steps)}
+            "PPO": SB3Fit("PPO", features=seen, steps=steps)}
     rules = ("cash", "buy and hold", "equal weight", "momentum")
     title = "Synthetic bars" if found.synthetic else "Real bars"
     return Market(title, found, plan, fits, ("cash", "buy and hold", "equal weight", "momentum"), rules)
@@ -326,7 +326,7 @@ def run_demo(data: Path | None = None, # Folder of bars; None: STRATFAM_DATA, lo
     with stage("bars"): found = find_bars(data, say)
     say(f"    {found.source}: {found.bars!r}" + ("   *** SYNTHETIC ***" if found.synthetic else ""))
     with stage("quality"): say(found.quality.to_string())
-    steps = 4_000 if quick else 40_000
+    steps = 20_000 if quick else 150_000
     with Ledger(Path(out) / ".demo" / f"{env.clock.now_ns()}.db", env) as ledger:
         with stage("validation", f"6 configurations, 15 splits, PPO {steps:,} steps each, {jobs} workers; about 2 to 4 minutes"):
             own = judge_market(own_market(found, steps), ledger, env, jobs, _bar(say, env.clock.monotonic))

@@ -277,10 +277,10 @@ def growth_rows():
     return rows
 
 
-def rows() -> list[dict]:
+def bench() -> list[dict]:
     "Every measurement, in order."
     return [*one_rows(), *sweep_rows(), *account_rows(), decide_row(), *growth_rows()]
 
 
 if __name__ == "__main__":
-    print(json.dumps(rows(), indent=2))
+    print(json.dumps(bench(), indent=2))

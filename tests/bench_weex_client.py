@@ -44,7 +44,7 @@ def peer():
     return micros(lambda: ex.sign("capi/v3/order", "contractPrivate", "POST", dict(ORDER)), 1000), ccxt.__version__
 
 
-def run():
+def bench():
     "The rows."
     me = Credentials(*KEYS)
     ours = micros(lambda: build_request("POST", "https://api-contract.weex.com", "/capi/v3/order", None, ORDER, me, "1700000000000"))
@@ -58,4 +58,4 @@ def run():
                  ratio=None, goal=4000.0, ok=rate >= 4000.0, command=COMMAND)]
 
 
-if __name__ == "__main__": print(json.dumps(run(), indent=1))
+if __name__ == "__main__": print(json.dumps(bench(), indent=1))

@@ -61,13 +61,11 @@ def account_field(code, bars, sym, a, g, slots, pos, b, t, out, row, at):
 @njit(**KERNEL)
 def write_observations(x, window, codes, bars, sym, acct, gates, slots, pos, t, out):
     "Fill out (B,D) float32 with the observations of B accounts at the closes of bars t (B,)."
-    N, F = x.shape[1], x.shape[2]
+    row, rows = x.shape[1] * x.shape[2], x.reshape(x.size)
     for b in range(len(t)):
-        at = 0
-        for i in range(t[b] - window + 1, t[b] + 1):
-            for n in range(N):
-                for f in range(F): out[b, at + n * F + f] = x[i, n, f]
-            at += N * F
+        seen, o = rows[(t[b] - window + 1) * row:(t[b] + 1) * row], out[b] # One block: the rows of a window lie side by side
+        for i in range(len(seen)): o[i] = seen[i]
+        at = len(seen)
         if not acct[b].equity > 0.0:
             out[b, at:] = 0.0
             continue
