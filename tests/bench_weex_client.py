@@ -41,7 +41,7 @@ def peer():
     except ImportError: return None, None
     if not hasattr(ccxt, "weex"): return None, None
     ex = ccxt.weex(dict(zip(("apiKey", "secret", "password"), KEYS)))
-    return micros(lambda: ex.sign("capi/v3/order", "contractPrivate", "POST", dict(ORDER)), 1000), ccxt.__version__
+    return micros(lambda: ex.sign("capi/v3/order", ["contractPrivate"], "POST", dict(ORDER)), 1000), ccxt.__version__
 
 
 def bench():

@@ -89,7 +89,7 @@ def test_signature_equals_ccxt():
         params = {f"k{i}": rng.choice(["BTCUSDT", "a:b/c", "x y", "é", "0.01"]) for i in range(rng.integers(1, 5))}
         params = {k: str(v) for k, v in params.items()}
         for method in ("GET", "POST", "DELETE"):
-            theirs = ex.sign("capi/v3/order", "contractPrivate", method, params)
+            theirs = ex.sign("capi/v3/order", ["contractPrivate"], method, params)
             ours = build_request(method, "https://api-contract.weex.com", "/capi/v3/order", None if method == "POST" else params,
                                  params if method == "POST" else None, ME, "1700000000000")
             same = (theirs["url"], (theirs["body"] or "").encode()) == (ours.url, ours.body)

@@ -120,12 +120,20 @@ def _call(line: _Line, # The connection
         raise DataError(f"{name} sent an answer that cannot be read ({type(e).__name__}: {_short(e)}). Try again later.") from e
 
 # %% ../../nbs/data/01_download.ipynb #2f7999b1
+def _has_rows(answer: Any) -> bool:
+    "Whether an answer holds a list, or an empty place for one: then no rows really means no rows."
+    if isinstance(answer, dict): return any(_has_rows(v) for v in answer.values())
+    return answer is None or isinstance(answer, list)
+
+# %% ../../nbs/data/01_download.ipynb #f11d8fbf
 def _read(ex: Any, method: Callable, *args: Any) -> Any:
     "One read; a page of HTML in place of an answer counts as busy, where ccxt would see an answer without rows."
     import ccxt
     ex.enableLastJsonResponse, ex.last_json_response = True, "nothing asked"
     out = method(*args)
-    if ex.last_json_response is None: raise ccxt.ExchangeNotAvailable(f"{ex.id} sent no JSON but {str(ex.last_http_response)[:40]!r}")
+    sent = ex.last_json_response
+    if sent is None: raise ccxt.ExchangeNotAvailable(f"{ex.id} sent no JSON but {str(ex.last_http_response)[:40]!r}")
+    if out == [] and isinstance(sent, dict) and not _has_rows(sent): raise ValueError(f"no list of rows in {str(sent)[:60]}")
     return out
 
 
