@@ -13,6 +13,7 @@ WORKERS ?= 2
 PYTEST := $(PY) -m pytest -q --durations=5
 # pytest answers 5 when it collected nothing: fine for a room that has no such tests yet.
 NONE_OK := || [ $$? -eq 5 ]
+TUTORIALS := $(wildcard nbs/tutorials/*.ipynb nbs/explore/*.ipynb)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +34,7 @@ test: setup ## notebooks against the package (with coverage), notebooks as they 
 
 proof: setup-all ## planted bugs, many seeds, learning, tutorials, the docs site; under 25 minutes
 	$(PYTEST) tests -m proof $(NONE_OK)
-	$(PYTEST) nbs/tutorials nbs/explore --nb-flags slow $(NONE_OK)
+	$(if $(TUTORIALS),$(PYTEST) $(TUTORIALS) --nb-flags slow)
 	$(MAKE) --no-print-directory docs
 
 docs: setup-all ## the documentation site, offline, in _docs/html
