@@ -12,21 +12,22 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import Json, app, open_page, show
+from .base import Config, Json, Set, app, open_page, settings, show
 
 # %% ../../nbs/commands/06_report.ipynb #5fff2ef3
 @app.command()
 def demo(data: Annotated[Path | None, typer.Option("--data", help="Folder of bars; default: the store, a download, a synthetic world.")] = None,
          out: Annotated[Path, typer.Option("--out", help="Where the run's folder is made.")] = Path("reports/runs"),
          open_browser: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+         config: Config = None, overrides: Set = None,
          quick: Annotated[bool, typer.Option("--quick", help="Fewer bars and training steps: a look, not a result.")] = False,
          json_out: Json = False) -> None:
     """Run the whole pipeline, bars to verdict, and print the path of its HTML report.
 
-    Example: stratfam demo --data my/bars --open
+    Example: stratfam demo --data my/bars --set costs.taker=0.0005 --open
     """
     from stratfam.demo import run_demo
-    run_demo(data, out, open_browser, quick, json_out)
+    run_demo(data, out, open_browser, quick, json_out, settings(config, overrides))
 
 # %% ../../nbs/commands/06_report.ipynb #a0b940b2
 def _given(params: list[str] | None) -> dict[str, Any]:
