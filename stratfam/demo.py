@@ -344,7 +344,8 @@ def run_demo(data: Path | None = None, # Folder of bars; None: STRATFAM_DATA, lo
             own = judge_market(own_market(found, steps, plan), ledger, env, jobs, _bar(say, env.clock.monotonic))
         with stage("planted market", "the same protocol where the edge is known"):
             planted = judge_market(planted_market(6 if quick else 8), ledger, env)
-    run = RunData("demo", env.iso(), _command(data, quick, settings), (own.world, planted.world), stage.seconds, dict(own.verdict.digests), _versions())
+    run = RunData("demo", env.iso(), _command(data, quick, settings), (own.world, planted.world), stage.seconds,
+                  dict(own.verdict.digests), _versions())
     with stage("report"): page = run_report("demo", run=run, out_dir=out, env=env)
     _finish(page, [own, planted], stage.seconds, say, json_out, open_browser)
     return page
