@@ -69,7 +69,7 @@ class Trader(threading.Thread):
         keys = [k.format(number) for k in KEY]
         self.c = WeexAPIClient(credentials=Credentials(*keys), env=Env(transport=Pace(connect_s=1.0, read_s=2.0, total_s=5.0)), base_url=url,
                                budgets={}, log=log)
-        self.acked, self.refused, self.unknown, self.live = set(), set(), {}, []
+        self.acked, self.refused, self.unknown, self.live = set(), {}, {}, []
         self.cash, self.held, self.since, self.edge = D(WALLET), Counter(), 0, {"fills": set(), "bills": set()}
         self.ends, self.failures = Counter(), Counter()
 
@@ -100,7 +100,7 @@ class Trader(threading.Thread):
         if got.kind == ACK:
             self.acked.add(name)
             self.live.append(got.payload.order_id)
-        elif got.kind == REFUSED: self.refused.add(name)
+        elif got.kind == REFUSED: self.refused[name] = str(got.error)
         else: self.unknown[name] = symbol
 
     def cancel(self):
@@ -208,8 +208,8 @@ def settle(t, x, witness):
     for name in list(t.unknown): t.find(name)
     made = {name: n for name, n in witness.made.items() if name.startswith(f"t{t.n}-")}
     assert max(made.values()) == 1, "one intent became two orders"
-    assert t.acked == set(made), t.acked ^ set(made)
-    assert not (t.refused | set(t.unknown)) & set(made)
+    wrong = {name: (t.refused.get(name) or t.unknown.get(name) or "acknowledged", made.get(name)) for name in t.acked ^ set(made)}
+    assert not wrong, wrong
     for _ in range(2): t.account()
     size = lambda p: D(text(p["lots"], p["market"].qty_digits))
     wallet, positions = D(money(a.wallet)), {(p["market"].symbol, p["side"]): size(p) for p in a.positions.values()}
