@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'CryptoVecEnv', 'Algorithm', 'isolated', 'symbol_columns', 'PerSymbol', 'SymbolMean', 'SharedPolicy',
            'unroll', 'linears', 'actor_of', 'choice_entropy', 'Stopped', 'Report', 'stop_requests', 'snapshot',
-           'resume', 'learn', 'SB3Fit', 'training_env', 'log_folder', 'training_key']
+           'resume', 'learn', 'SB3Fit', 'scaled_spec', 'training_env', 'log_folder', 'training_key']
 
 # %% ../../nbs/policies/01_sb3.ipynb #2f0fe91e
 import io
@@ -369,8 +369,11 @@ class SB3Fit:
         return {"fit": "sb3", **values, **{f"reward_{k}": v for k, v in vars(self.reward).items()}, **dict(self.options)}
 
 # %% ../../nbs/policies/01_sb3.ipynb #8ca26f7b
-def _spec(self: SB3Fit, task: Task, train: Sequence[tuple[int, int]]) -> ObservationSpec:
-    "What the network sees, scaled on train rows alone."
+def scaled_spec(self: Any, # A fit: its features, window, account fields, scaling
+                task: Task, # The market
+                train: Sequence[tuple[int, int]], # Rows the scaler is fitted on
+               ) -> ObservationSpec:
+    "What a fit's network sees, scaled on train rows alone."
     names = self.features or task.features.names
     scaler = None if self.scaling == "none" else fit_scaler(task.features, train, names, self.scaling)
     return ObservationSpec(names, self.window, scaler, self.account)
@@ -396,7 +399,7 @@ def _model(self: SB3Fit, env: VecEnv, seed: int, tensorboard: str | None = None)
                   tensorboard_log=tensorboard, **options)
 
 # %% ../../nbs/policies/01_sb3.ipynb #9ffba80e
-SB3Fit._spec, SB3Fit._model = _spec, _model
+SB3Fit._model = _model
 
 # %% ../../nbs/policies/01_sb3.ipynb #d3dc76fd
 def training_env(self: Any, # A fit: its account fields, reward, actions, accounts, episode
@@ -435,7 +438,7 @@ def _fit(self: SB3Fit,
         ) -> Network: # Deterministic, picklable, free of torch
     "Train and return the actor."
     arch, log = ALGORITHMS[self.algo], log_folder(tensorboard)
-    total, spec = self.steps or task.budget or arch.steps, self._spec(task, train)
+    total, spec = self.steps or task.budget or arch.steps, scaled_spec(self, task, train)
     vec = training_env(self, task, train, spec, self.kind, self.accounts or arch.accounts, seed)
     with isolated():
         model = self._model(vec, seed, log)
