@@ -72,10 +72,17 @@ class ValidationSettings(Section):
     "How the past is cut, and how long a verdict stands."
     groups: int = Field(6, ge=3, le=30, description="N of combinatorial purged cross-validation")
     test_groups: int = Field(2, ge=1, le=10, description="k: groups tested at a time")
-    embargo_bars: int = Field(24, ge=0, description="Bars after a test block that no train set may use")
+    embargo: str = Field("2d", description="Time after a test block that no train set may use: 2d, 12h")
     seeds: int = Field(5, ge=1, le=100, description="Seeds of a stochastic policy")
+    target_sharpe: float = Field(2.0, gt=0, le=20, description="Annual Sharpe ratio hoped for, declared before the search")
     holdout_fraction: float = Field(0.15, ge=0, lt=0.5, description="Share at the end, cut before the study")
     expiry_days: int = Field(30, ge=1, le=365, description="Life of an ACCEPT")
+
+    @field_validator("embargo")
+    @classmethod
+    def _embargo(cls, value):
+        as_step(value)
+        return value
 
     @field_validator("test_groups")
     @classmethod
