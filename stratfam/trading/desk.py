@@ -19,7 +19,7 @@ from .plan import OURS, Want, match_protection, protection, reductions
 from .venues import Snapshot, Venue
 from ..weex.client import OrderRequest
 from ..weex.replies import Fill, Order
-from ..weex.wire import ACK, REFUSED, UNKNOWN, Malformed, NotSent, Outcome, WeexError
+from ..weex.wire import ACK, REFUSED, UNKNOWN, AuthError, Malformed, NotSent, Outcome, PermissionDenied, WeexError
 
 # %% ../../nbs/trading/03_desk.ipynb #b1408c6b
 SETTLE_MS = 60_000 # An unseen order is given this long: twice the 30 s for which a signed request stays valid
@@ -33,7 +33,7 @@ class Desk:
                  emit: Callable[..., None] = lambda kind, **fields: None, # Told of orders, fills, errors
                  point: Callable[[str], None] = lambda name: None): # Told where we are
         self.run, self.venue, self.journal, self.mirror, self.emit, self.point = run, venue, journal, mirror, emit, point
-        self.clean = False # The last reconciliation was complete and found no difference
+        self.clean = False # The last reconciliation read everything
         self.snap: Snapshot | None = None # The last look at the account
         self.blocked: dict[str, str] = {} # Symbol -> why it may not be entered, until an operator resumes
         self.drift: dict[str, int] = {} # Symbol -> reconciliations in a row in which its position differed
@@ -42,9 +42,13 @@ class Desk:
         self.since_ms, self.listed_ms = 0, 0 # Read fills from here; last full listing
         self.unwritten: list[tuple[str, str, Mapping[str, Any]]] = [] # Facts the disk did not take
         self.loose: dict[str, Line] = {} # Orders that left while the journal could not be written
+        self.unsent: set[str] = set() # Journaled in this moment, not yet on their way
+        self.keys = "" # Why the venue does not accept our key, when it does not
 
     @property
     def open(self) -> dict[str, Line]: return {**self.journal.book.open, **self.loose}
+    @property
+    def sent(self) -> list[Line]: return [l for l in self.open.values() if l.id not in self.unsent]
 
 # %% ../../nbs/trading/03_desk.ipynb #f0ec99c1
 def _write(self: Desk, facts: Sequence[tuple[str, str, Mapping[str, Any]]]) -> bool: # Durable?
@@ -103,6 +107,7 @@ def _submit(self: Desk, wants: Iterable[Want], bar_ms: int, # Close of the bar t
         pairs = [(w, l) for w, l in pairs if w.reduces]
         self.unwritten.extend(("intent", l.id, l.body) for _, l in pairs)
         self.loose.update({l.id: l for _, l in pairs})
+    self.unsent = {l.id for _, l in pairs}
     for w, l in pairs: self._leave(w, l, still)
     return [l for _, l in pairs]
 
@@ -120,6 +125,7 @@ def _leave(self: Desk, w: Want, line: Line, still: Callable[[Want], bool]) -> No
     "Send one order, if it may still be sent, and note what came of it."
     if self.venue.now_ms() > line.body["expires_ms"]: return self._over(line, "never_sent", "too late")
     if not w.reduces and not still(w): return self._over(line, "never_sent", "no room any more")
+    self.unsent.discard(line.id)
     self.point(f"before-send {w.purpose}")
     try: got = self._call(w, line)
     except ConfigError as e: got = Outcome(REFUSED, None, Malformed(str(e)))
@@ -146,6 +152,7 @@ def _over(self: Desk, line: Line, end: str, why: str = "") -> None:
     "An intent has its one end."
     self.note([("end", line.id, {"end": end, "filled": line.filled, "why": why})])
     self.absent.pop(line.id, None)
+    self.unsent.discard(line.id)
     self.emit("order", id=line.id, outcome=line.outcome, order_id=line.order_id, end=end, error=why, **line.body)
 
 
@@ -160,21 +167,20 @@ def _reconcile(self: Desk) -> bool: # Complete, and no difference
         fills, bills = self.venue.fills(self.since_ms), self.venue.funding(self.since_ms)
         listing = self.venue.orders(self._oldest()) if self._must_list(snap, fills) else None
     except WeexError as e:
-        self.clean = False
+        self.clean, self.keys = False, str(e) if isinstance(e, AuthError | PermissionDenied) else ""
         self.emit("error", where="reconcile", text=str(e))
         return False
-    self.snap = snap
+    self.snap, self.clean, self.keys = snap, True, ""
     names = {**self.journal.book.orders, **{o.order_id: o.client_id for o in listing or () if o.client_id}}
-    self._book_fills([f for f in fills if f.symbol in self.mirror.symbols], names)
+    self._book_fills([f for f in fills if f.symbol in self.mirror.symbols and f.time_ms >= self.started_ms], names)
     self._book_bills(bills)
     self._resolve(snap, listing)
     same = self._compare(snap)
-    odd = self.mirror.settle(snap)
-    if same and abs(odd) > ODD * max(1.0, float(abs(snap.wallet))):
+    odd = self.mirror.settle(snap) if same else 0.0
+    if abs(odd) > ODD * max(1.0, float(abs(snap.wallet))):
         self.note([("note", "adjust", {"amount": odd})])
         self.emit("error", where="balance", text=f"the venue's cash differs from ours by {odd:.8f}; the venue's is taken")
     if same: self.since_ms = snap.time_ms - OVERLAP_MS
-    self.clean = same
     self.point("reconciled")
     return same
 
@@ -185,7 +191,7 @@ Desk.reconcile = _reconcile
 def _must_list(self: Desk, snap: Snapshot, fills: Sequence[Fill]) -> bool:
     "Is there anything the short reads cannot explain?"
     working, seen = {o.client_id for o in snap.orders}, self.journal.book.seen["fill"]
-    if any(l.id not in working for l in self.open.values()): return self._undone(snap, fills)
+    if any(l.id not in working for l in self.sent): return self._undone(snap, fills)
     if any(f.fill_id not in seen and f.order_id not in self.journal.book.orders for f in fills): return True
     return bool(self.drift)
 
@@ -199,7 +205,7 @@ def _undone(self: Desk, snap: Snapshot, fills: Sequence[Fill]) -> bool:
         name = self.journal.book.orders.get(f.order_id)
         if name is None: return True
         fresh[name] = fresh.get(name, 0) + self.mirror.grids[f.symbol].lots(f.quantity)
-    return bool(self.drift) or any(l.left > fresh.get(l.id, 0) for l in self.open.values() if l.id not in working)
+    return bool(self.drift) or any(l.left > fresh.get(l.id, 0) for l in self.sent if l.id not in working)
 
 
 def _oldest(self: Desk) -> int:
@@ -271,7 +277,7 @@ FINAL = ("FILLED", "CANCELED", "EXPIRED", "REJECTED", "TRIGGERED")
 def _resolve(self: Desk, snap: Snapshot, listing: Sequence[Order] | None) -> None:
     "Find out what became of open intents."
     working = {o.client_id: o for o in snap.orders if o.live}
-    for line in list(self.open.values()):
+    for line in self.sent:
         found = [o for o in listing or () if o.client_id == line.id]
         here = working.get(line.id) or (found[0] if found else None)
         if here is not None and line.outcome != ACK:
@@ -439,8 +445,8 @@ def _recover(self: Desk) -> None:
         if e.kind == "fill" and e.body["symbol"] in self.mirror.symbols: self.book(e.body)
         elif e.kind == "funding": self.mirror.credit(e.body["amount"], moves_money(e.body["kind"]))
     self.blocked = dict(book.state.get("blocked", {}))
-    self.since_ms = max(0, (book.time_ms or self.venue.now_ms()) - OVERLAP_MS)
-    self.started_ms = int(book.state.get("started_ms", self.venue.now_ms()))
+    self.started_ms = book.began_ms or self.venue.now_ms()
+    self.since_ms = max(self.started_ms, book.time_ms) - OVERLAP_MS
     for l in list(book.open.values()): self.since_ms = min(self.since_ms, max(0, l.time_ms - OVERLAP_MS))
 
 

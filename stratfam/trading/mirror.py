@@ -69,7 +69,7 @@ def _book(self: Mirror, symbol: str, lots: int, # Signed
           price: float, fee: float, # Quote currency; a negative fee was received
           time_ms: int, purpose: str = "ENTRY") -> None: # Of the order that was filled
     "Book one fill."
-    n, t = self.index(symbol), time_ms // self.step_ms
+    n, t = self.index(symbol), (time_ms - (purpose in CAUSE)) // self.step_ms
     held = int(self.lots[n])
     if held * lots < 0 and abs(lots) > abs(held):
         part = abs(held) / abs(lots)
