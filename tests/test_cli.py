@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from stratfam import cli
+from stratfam import cli  # noqa: F401 - registers the commands
+from stratfam.commands import machine
+from stratfam.commands.base import run
 
 
 @pytest.fixture
@@ -15,7 +17,7 @@ def stratfam(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in [n for n in os.environ if n.startswith("STRATFAM_")]: monkeypatch.delenv(name)
     def call(*args):
-        code = cli.run(list(args))
+        code = run(list(args))
         return code, *capsys.readouterr()
     return call
 
@@ -41,10 +43,10 @@ def test_a_refusal_is_one_line_with_the_right_code(stratfam, args, code, says):
 
 
 def test_a_bug_is_one_line_and_a_traceback_only_with_debug(stratfam, monkeypatch):
-    monkeypatch.setattr(cli, "_settings", lambda *_: 1 / 0)
+    monkeypatch.setattr(machine, "settings", lambda *_: 1 / 0)
     code, out, err = stratfam("config", "show")
     assert code == 1 and err.count("\n") == 1 and "ZeroDivisionError" in err and "--debug" in err
-    with pytest.raises(ZeroDivisionError): cli.run(["config", "show", "--debug"])
+    with pytest.raises(ZeroDivisionError): run(["config", "show", "--debug"])
 
 
 def test_settings_printed_are_settings_read(stratfam, tmp_path):

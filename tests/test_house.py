@@ -10,7 +10,7 @@ import house
 import pytest
 
 LADDER = [{"core"}, {"config", "data", "risk", "weex"}, {"market"}, {"policies"}, {"validation"}, {"trading"}, {"figures"},
-          {"reporting"}, {"demo"}, {"cli"}]
+          {"reporting"}, {"demo"}, {"commands"}, {"cli"}]
 LEVEL = {room: level for level, rooms in enumerate(LADDER) for room in rooms}
 HEAVY = {"torch": {"policies.sb3", "policies.tcn"}, "stable_baselines3": {"policies.sb3", "policies.tcn"}}
 DEVELOPMENT = {"fastcore", "nbdev", "execnb", "ghapi", "pytest", "hypothesis", "jupytext"}
@@ -65,11 +65,14 @@ def test_heavy_and_development_packages_stay_where_they_belong(module):
     assert [h for h, allowed in HEAVY.items() if h in roots and module not in allowed] == []
 
 
-def test_cli_imports_only_the_standard_library_and_typer_at_its_top():
-    if "cli" not in house.modules(): pytest.skip("no command room yet")
-    tops = [n for n in house.modules()["cli"].body if isinstance(n, ast.Import | ast.ImportFrom)]
-    roots = {(a.name if isinstance(n, ast.Import) else n.module).split(".")[0] for n in tops for a in n.names}
-    assert roots - set(sys.stdlib_module_names) <= {"typer"}
+def test_commands_import_only_the_standard_library_typer_and_each_other_at_their_top():
+    rooms = [m for m in house.modules() if m.split(".")[0] in ("cli", "commands")]
+    assert "cli" in rooms and "commands.base" in rooms
+    for module in rooms:
+        tops = [n for n in house.modules()[module].body if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = {a.name if isinstance(n, ast.Import) else n.module for n in tops for a in n.names}
+        rest = {n for n in names if n.split(".")[0] not in sys.stdlib_module_names}
+        assert rest <= {"typer", "commands", "base", "stratfam.commands", "stratfam.commands.base"}, module
 
 
 # Time, randomness and the environment enter weex/ and trading/ through core.Env alone, or a replay is not a replay.
