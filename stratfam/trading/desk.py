@@ -62,7 +62,7 @@ def _write(self: Desk, facts: Sequence[tuple[str, str, Mapping[str, Any]]]) -> b
         self.emit("error", where="journal", text=str(e))
         return False
 
-
+# %% ../../nbs/trading/03_desk.ipynb #043da1e3
 def _note(self: Desk, facts: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
     "Append facts that have happened whether or not they can be written now."
     if not self.write(facts):
@@ -111,7 +111,7 @@ def _submit(self: Desk, wants: Iterable[Want], bar_ms: int, # Close of the bar t
     for w, l in pairs: self._leave(w, l, still)
     return [l for _, l in pairs]
 
-
+# %% ../../nbs/trading/03_desk.ipynb #4c3ca1b0
 def _capped(self: Desk, w: Want) -> Want:
     "No more than the venue takes in one order; what remains is for the next time."
     most = self.mirror.grids[w.symbol].lots(self.mirror.grids[w.symbol].max_qty)
@@ -120,7 +120,7 @@ def _capped(self: Desk, w: Want) -> Want:
 
 Desk.submit, Desk._capped = _submit, _capped
 
-# %% ../../nbs/trading/03_desk.ipynb #4c3ca1b0
+# %% ../../nbs/trading/03_desk.ipynb #0cf1b289
 def _leave(self: Desk, w: Want, line: Line, still: Callable[[Want], bool]) -> None:
     "Send one order, if it may still be sent, and note what came of it."
     if self.venue.now_ms() > line.body["expires_ms"]: return self._over(line, "never_sent", "too late")
@@ -139,7 +139,7 @@ def _leave(self: Desk, w: Want, line: Line, still: Callable[[Want], bool]) -> No
     self.refused[key] = self.refused.get(key, 0) + 1 if got.kind == REFUSED else 0
     self.emit("order", id=line.id, outcome=got.kind, order_id=order_id, error=str(got.error) if got.error else "", **line.body)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #30d19ce4
 def _call(self: Desk, w: Want, line: Line) -> Outcome:
     "The one call that sends."
     quantity = Decimal(line.body["quantity"])
@@ -147,7 +147,7 @@ def _call(self: Desk, w: Want, line: Line) -> Outcome:
     kind = "STOP_MARKET" if w.purpose == "STOP" else "TAKE_PROFIT_MARKET"
     return self.venue.protect(OrderRequest(w.symbol, w.side, quantity, line.id, w.position_side, kind, trigger=w.trigger))
 
-
+# %% ../../nbs/trading/03_desk.ipynb #e8cb8e5d
 def _over(self: Desk, line: Line, end: str, why: str = "") -> None:
     "An intent has its one end."
     self.note([("end", line.id, {"end": end, "filled": line.filled, "why": why})])
@@ -195,7 +195,7 @@ def _must_list(self: Desk, snap: Snapshot, fills: Sequence[Fill]) -> bool:
     if any(f.fill_id not in seen and f.order_id not in self.journal.book.orders for f in fills): return True
     return bool(self.drift)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #f2457fbf
 def _undone(self: Desk, snap: Snapshot, fills: Sequence[Fill]) -> bool:
     "Some open intent does not work at the venue; is any of them not simply filled?"
     working, seen = {o.client_id for o in snap.orders}, self.journal.book.seen["fill"]
@@ -207,7 +207,7 @@ def _undone(self: Desk, snap: Snapshot, fills: Sequence[Fill]) -> bool:
         fresh[name] = fresh.get(name, 0) + self.mirror.grids[f.symbol].lots(f.quantity)
     return bool(self.drift) or any(l.left > fresh.get(l.id, 0) for l in self.sent if l.id not in working)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #e3143496
 def _oldest(self: Desk) -> int:
     "From when on orders must be listed."
     times = [l.time_ms for l in self.open.values()]
@@ -233,20 +233,20 @@ def _book_fills(self: Desk, fills: Sequence[Fill], names: Mapping[str, str]) -> 
         if purpose == "EXTERNAL": self.block(f.symbol, "EXTERNAL")
         self.emit("fill", id=f.fill_id, **body)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #950160c8
 def _purpose(self: Desk, client_id: str, f: Fill) -> str:
     "What the order behind a fill was for."
     if client_id in self.open: return self.open[client_id].body["purpose"]
     if client_id in self.journal.book.seen["intent"]: return "EXIT"
     return "EXTERNAL"
 
-
+# %% ../../nbs/trading/03_desk.ipynb #3ca729a4
 def _book(self: Desk, body: Mapping[str, Any]) -> None:
     "Book one journaled fill in the mirror."
     lots = body["lots"] if body["side"] == "BUY" else -body["lots"]
     self.mirror.book(body["symbol"], lots, body["price"], body["fee"], body["time_ms"], body["purpose"])
 
-
+# %% ../../nbs/trading/03_desk.ipynb #80bc42de
 def _book_bills(self: Desk, bills: Sequence[Any]) -> None:
     "Journal and book bills that are new; those from before our first reading are part of the starting balance."
     for b in bills:
@@ -255,12 +255,12 @@ def _book_bills(self: Desk, bills: Sequence[Any]) -> None:
         self.note([("funding", b.bill_id, body)])
         self.mirror.credit(body["amount"], moves_money(b.kind))
 
-
+# %% ../../nbs/trading/03_desk.ipynb #fe6e1c39
 def moves_money(kind: str) -> bool:
     "A bill that is a transfer, neither profit nor loss."
     return kind.startswith(("deposit", "withdraw", "transfer"))
 
-
+# %% ../../nbs/trading/03_desk.ipynb #5c6b9a0d
 def block(self: Desk, symbol: str, why: str) -> None:
     "No entries in this symbol until an operator resumes."
     if symbol not in self.blocked:
@@ -288,7 +288,7 @@ def _resolve(self: Desk, snap: Snapshot, listing: Sequence[Order] | None) -> Non
         elif found: self._finish(line, found)
         elif listing is not None and line.outcome == UNKNOWN: self._unseen(line)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #04b5f0d9
 def _finish(self: Desk, line: Line, found: Sequence[Order]) -> None:
     "End an intent whose orders are final and whose fills have all arrived."
     if any(o.live for o in found): return
@@ -300,7 +300,7 @@ def _finish(self: Desk, line: Line, found: Sequence[Order]) -> None:
         return
     self._over(line, "filled" if executed else "refused" if normal[0].status == "REJECTED" else "canceled")
 
-
+# %% ../../nbs/trading/03_desk.ipynb #78463f4d
 def _unseen(self: Desk, line: Line) -> None:
     "Count complete listings without this order; twice, late enough, is proof."
     if self.venue.now_ms() - line.time_ms < SETTLE_MS: return
@@ -326,7 +326,7 @@ def _compare(self: Desk, snap: Snapshot) -> bool: # No difference
         if self.drift[s] >= TRIES and not any(l.body["symbol"] == s and l.outcome == UNKNOWN for l in self.open.values()): self._adopt(s, gap, snap)
     return same
 
-
+# %% ../../nbs/trading/03_desk.ipynb #74c71f34
 def _adopt(self: Desk, s: str, gap: int, snap: Snapshot) -> None:
     "Book the difference as a fill from outside."
     n = self.mirror.index(s)
@@ -357,7 +357,7 @@ def _against(self: Desk, symbol: str) -> str: # "" = nothing
     if not self.mirror.grids[symbol].tradable: return "NOT_TRADABLE"
     return ""
 
-
+# %% ../../nbs/trading/03_desk.ipynb #9d832f34
 def _lots_open(self: Desk, *purposes: str) -> dict[str, int]: # Symbol -> lots
     "Lots of open orders that may yet be filled."
     out: dict[str, int] = {}
@@ -387,14 +387,14 @@ def _protect(self: Desk, bar_ms: int) -> None:
             self.point("before-cancel")
             self.venue.cancel(o)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #5697b48b
 def _as_order(l: Line) -> Order:
     "A conditional order we know of and the venue does not list yet."
     b, kind, none = l.body, "STOP_MARKET" if l.body["purpose"] == "STOP" else "TAKE_PROFIT_MARKET", Decimal(0)
     return Order("", l.id, b["symbol"], b["side"], b["position_side"], kind, "UNTRIGGERED", Decimal(b["quantity"]), none, none, none,
                  Decimal(b["trigger"]), True, l.time_ms, l.time_ms)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #3a9aac78
 def _hopeless(self: Desk, line: Line) -> bool:
     "Is the price beyond the stop already, as far as the present quote tells?"
     try: q = self.venue.quote(line.body["symbol"])
@@ -420,7 +420,7 @@ def _leave_symbols(self: Desk, symbols: Iterable[str], bar_ms: int) -> None:
         self.point("before-close-all")
         self.venue.close_all(w.symbol)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #a5ab6c18
 def _flatten(self: Desk, bar_ms: int) -> bool: # Flat, as far as we know
     "Cancel our working entries and close everything."
     for o in self.snap.orders if self.snap else ():

@@ -156,7 +156,7 @@ def _start(self: Loop) -> None:
     self.desk.note([self.moment()])
     self.desk.protect(self.bar_ms)
 
-
+# %% ../../nbs/trading/04_loop.ipynb #db59b94d
 def _lever(self: Loop) -> None:
     "Set each symbol's leverage and read it back; where it is not what we want, no entry."
     for x in self.setup.symbols:
@@ -169,7 +169,7 @@ def _lever(self: Loop) -> None:
             self.desk.blocked.pop(x, None)
         else: self.desk.block(x, "LEVERAGE")
 
-
+# %% ../../nbs/trading/04_loop.ipynb #dbf840f9
 def _remembered(row: Sequence | None, symbol: str) -> Grid | None:
     "The rules of a symbol that the venue no longer lists, from the journal."
     if row is None: return None
@@ -185,7 +185,7 @@ def frozen(state: Any) -> dict | None:
     try: return json.loads(json.dumps({k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in state.items()}, allow_nan=False))
     except (TypeError, ValueError): return None
 
-
+# %% ../../nbs/trading/04_loop.ipynb #78a3d973
 def _thawed(found: dict, fresh: Any) -> Any:
     "A journaled state in the shape of a fresh one; the fresh one where they do not fit."
     if not isinstance(fresh, dict) or set(found) != set(fresh): return fresh
@@ -212,7 +212,7 @@ def _poll(self: Loop) -> None:
     self._again()
     if not self.venue.stops: self._watch_stops()
 
-
+# %% ../../nbs/trading/04_loop.ipynb #4067127f
 def _obey(self: Loop) -> None:
     "Halt or resume when an operator says so."
     if self.controls is None: return
@@ -220,12 +220,12 @@ def _obey(self: Loop) -> None:
     if why is not None and again is None and not self.mirror.gate["kill"]: self.halt(why)
     if again is not None and self.desk.clean: self.resume(again)
 
-
+# %% ../../nbs/trading/04_loop.ipynb #1c054337
 def _check_keys(self: Loop) -> None:
     "A key that the venue no longer accepts cannot exit either: halt, and say so."
     if self.desk.keys and not self.mirror.gate["kill"]: self.halt(f"the venue refuses our key, exits included: {self.desk.keys}")
 
-
+# %% ../../nbs/trading/04_loop.ipynb #d0337893
 def _watch_stops(self: Loop) -> None:
     "Stops that the venue cannot hold."
     for n in np.flatnonzero(self.mirror.lots):
@@ -239,7 +239,7 @@ def _watch_stops(self: Loop) -> None:
 
 Loop.poll, Loop._obey, Loop._check_keys, Loop._watch_stops = _poll, _obey, _check_keys, _watch_stops
 
-# %% ../../nbs/trading/04_loop.ipynb #4067127f
+# %% ../../nbs/trading/04_loop.ipynb #54c9faaf
 def _halt(self: Loop, reason: str) -> None:
     "Cancel, flatten, HALTED until an operator resumes."
     self.mirror.kill()
@@ -247,7 +247,7 @@ def _halt(self: Loop, reason: str) -> None:
     self.tell("state", state=self.mirror.why(), text=reason)
     self.desk.flatten(self.bar_ms)
 
-
+# %% ../../nbs/trading/04_loop.ipynb #595a0ae3
 def _resume(self: Loop, reason: str) -> None:
     "Clear a halt and the symbols that were blocked."
     equity = self.mirror.value(self.closes) if self.mirror.lots.any() else float(self.mirror.account["cash"])
@@ -273,7 +273,7 @@ def _fetch(self: Loop, close_ms: int) -> list[str]: # Symbols whose newest bar i
         except StratfamError as e: self.tell("error", where=x, text=str(e))
     return [x for n, x in enumerate(s.symbols) if not np.isfinite(self.window.table[3, -1, n])]
 
-
+# %% ../../nbs/trading/04_loop.ipynb #a8309541
 def _quotes(self: Loop) -> tuple[np.ndarray, np.ndarray]: # (N,) mid, (N,) spread as a fraction; NaN = unknown
     "Present prices."
     mid, spread = np.full((2, len(self.setup.symbols)), np.nan)
@@ -342,7 +342,7 @@ def _cycle(self: Loop, close_ms: int) -> None:
     self.tell("cycle", bar_ms=close_ms, equity=decision["equity"], state=self.mirror.why(), clean=self.desk.clean, blocked=dict(self.desk.blocked),
               drawdown=float(self.mirror.gate["drawdown"]), lots=self.mirror.lots.tolist(), open_orders=len(self.desk.open))
 
-
+# %% ../../nbs/trading/04_loop.ipynb #c902cda2
 def _ttl_left(self: Loop, close_ms: int) -> int: # ms
     "How long orders of this close may still leave."
     return max(0, close_ms + int(self.setup.ttl_s * 1000) - self.venue.now_ms())
@@ -350,7 +350,7 @@ def _ttl_left(self: Loop, close_ms: int) -> int: # ms
 
 Loop.cycle, Loop._ttl_left = _cycle, _ttl_left
 
-# %% ../../nbs/trading/04_loop.ipynb #c902cda2
+# %% ../../nbs/trading/04_loop.ipynb #146e30af
 def _wants(self: Loop, mid: np.ndarray) -> tuple[list[Want], Room]:
     "Reductions, then entries for the room that will be there."
     s, m, held = self.setup, self.mirror, self.mirror.lots.copy()
@@ -364,7 +364,7 @@ def _wants(self: Loop, mid: np.ndarray) -> tuple[list[Want], Room]:
     if m.gate["state"] != ACTIVE or not may.any(): return out, room
     return out + entries(s.symbols, after, np.where(may, target, after), price, m.rules.sym, room), room
 
-
+# %% ../../nbs/trading/04_loop.ipynb #070f2c63
 def _spoken_for(self: Loop, price: np.ndarray) -> float:
     "Notional that entries already on their way may add."
     return worst_notional(self.setup.symbols, np.zeros(len(price), int), self.desk.lots_open("ENTRY"), price, self.mirror.rules.sym["lot"])
@@ -393,7 +393,7 @@ def _step(self: Loop) -> float: # Seconds until there is something to do
     if close > self.bar_ms and not self._turn(close): return 1.0
     return max(0.05, min(s.poll_s, (close + s.step_ms + s.grace_s * 1000 - self.venue.now_ms()) / 1000))
 
-
+# %% ../../nbs/trading/04_loop.ipynb #77a810d4
 def _turn(self: Loop, close_ms: int) -> bool: # Done with this close
     "Decide on a close, once its bars are there; or give it up."
     missing, s = self.fetch(close_ms), self.setup
@@ -407,7 +407,7 @@ def _turn(self: Loop, close_ms: int) -> bool: # Done with this close
         self.tell("error", where="loop", text=f"the close {late:.0f} s ago was not decided on: too late")
     return True
 
-
+# %% ../../nbs/trading/04_loop.ipynb #82797562
 def _again(self: Loop) -> None:
     "Exits of the last decision that did not get through."
     m = self.mirror
@@ -426,7 +426,7 @@ def _run(self: Loop, until_ms: int | None = None) -> None: # Venue time; None = 
     self.desk.note([("note", "stop", {"state": self.mirror.why(), "lots": self.mirror.lots.tolist()})])
     self.tell("state", state=self.mirror.why(), text="stopped; stops and positions stay as they are")
 
-
+# %% ../../nbs/trading/04_loop.ipynb #488e5791
 def _guarded(self: Loop) -> float: # Seconds until there is something to do
     "One step whose errors do not end the process."
     try: wait = self.step()
@@ -439,7 +439,7 @@ def _guarded(self: Loop) -> float: # Seconds until there is something to do
     self.failed = 0
     return wait
 
-
+# %% ../../nbs/trading/04_loop.ipynb #b3676cc6
 def stop(self: Loop) -> None:
     "Finish the present step and end; protection stays."
     self.stopping = True
