@@ -382,6 +382,12 @@ def _spent(self: Ledger, looks: Sequence[Mapping[str, Any]], level: float) -> fl
     return float(sum(self._budget(p, n).level(level) for p, n in places))
 
 # %% ../../nbs/validation/03_ledger.ipynb #2cd5623a
+def _openings(self: Ledger, study: str | None, place: tuple[str, int, int]) -> int:
+    "How often the hold-out of a study has been opened, by this study or by earlier ones; it lies behind the span that was searched."
+    mine = [*self._rows("holdout", place), *(r for r in self._rows("holdout") if study and r["note"] == study)]
+    return max((r["number"] for r in mine), default=0)
+
+# %% ../../nbs/validation/03_ledger.ipynb #b0205da5
 def _show(self: Ledger, level: float = 0.005, # Level of the verdict's rule
          ) -> pd.DataFrame: # One row per study, and one for runs by hand
     "What has been searched, and where N comes from."
@@ -400,7 +406,7 @@ def _show(self: Ledger, level: float = 0.005, # Level of the verdict's rule
                     "symbols": " ".join(names), "from": day(a), "to": day(b), "steps": " ".join(sorted({r["step"] for r in mine})),
                     **{o: sum(u["outcome"] == o for u in units.values()) for o in OUTCOMES}, "trials": len(units), "rows": len(mine),
                     "target": s["target_sharpe"] if s else math.nan, "looks": len(looks), "level_spent": self._spent(looks, level),
-                    "holdouts": len(self._rows("holdout", (json.dumps(names), a, b)))})
+                    "holdouts": _openings(self, name, (json.dumps(names), a, b))})
     columns = ["study", "state", "symbols", "from", "to", "steps", *OUTCOMES, "trials", "rows", "target", "looks", "level_spent", "holdouts"]
     return pd.DataFrame(out, columns=columns).set_index("study")
 
