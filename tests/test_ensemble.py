@@ -328,7 +328,9 @@ def test_f8_what_is_shipped_is_the_refit_on_all_train_rows(task):
     assert digest(sober.policy) == digest(ForecastFit("ridge", 6).fit(task, train, 3))
 
 
-def test_the_family_cross_validates_and_workers_agree(task):
+def test_the_family_cross_validates_and_workers_agree():
+    bars = make_world("momentum", n_bars=4000, n_symbols=2, seed=1, edge=12.0, half_life=6.0).bars
+    task = Task(bars, build(bars, NAMES[:3]), LIMITS, Costs(2e-4, 2e-4, 0.0))
     fits = {k: small()[k] for k in ("ridge", "ensemble", "isotonic", "router")} | {"momentum": baseline("momentum")}
     wide = declared(task, list(fits.values()))
     folds = CombinatorialPurgedCV(4, 2).folds(wide.bars, wide.label_end, wide.lookback, "12h")
