@@ -19,7 +19,7 @@ from .plan import OURS, Want, match_protection, protection, reductions
 from .venues import Snapshot, Venue
 from ..weex.client import OrderRequest
 from ..weex.replies import Fill, Order
-from ..weex.wire import ACK, REFUSED, UNKNOWN, Malformed, NotSent, Outcome, WeexError
+from ..weex.wire import ACK, REFUSED, UNKNOWN, AuthError, Malformed, NotSent, Outcome, PermissionDenied, WeexError
 
 # %% ../../nbs/trading/03_desk.ipynb #b1408c6b
 SETTLE_MS = 60_000 # An unseen order is given this long: twice the 30 s for which a signed request stays valid
@@ -33,7 +33,7 @@ class Desk:
                  emit: Callable[..., None] = lambda kind, **fields: None, # Told of orders, fills, errors
                  point: Callable[[str], None] = lambda name: None): # Told where we are
         self.run, self.venue, self.journal, self.mirror, self.emit, self.point = run, venue, journal, mirror, emit, point
-        self.clean = False # The last reconciliation was complete and found no difference
+        self.clean = False # The last reconciliation read everything
         self.snap: Snapshot | None = None # The last look at the account
         self.blocked: dict[str, str] = {} # Symbol -> why it may not be entered, until an operator resumes
         self.drift: dict[str, int] = {} # Symbol -> reconciliations in a row in which its position differed
@@ -42,9 +42,13 @@ class Desk:
         self.since_ms, self.listed_ms = 0, 0 # Read fills from here; last full listing
         self.unwritten: list[tuple[str, str, Mapping[str, Any]]] = [] # Facts the disk did not take
         self.loose: dict[str, Line] = {} # Orders that left while the journal could not be written
+        self.unsent: set[str] = set() # Journaled in this moment, not yet on their way
+        self.keys = "" # Why the venue does not accept our key, when it does not
 
     @property
     def open(self) -> dict[str, Line]: return {**self.journal.book.open, **self.loose}
+    @property
+    def sent(self) -> list[Line]: return [l for l in self.open.values() if l.id not in self.unsent]
 
 # %% ../../nbs/trading/03_desk.ipynb #f0ec99c1
 def _write(self: Desk, facts: Sequence[tuple[str, str, Mapping[str, Any]]]) -> bool: # Durable?
@@ -58,7 +62,7 @@ def _write(self: Desk, facts: Sequence[tuple[str, str, Mapping[str, Any]]]) -> b
         self.emit("error", where="journal", text=str(e))
         return False
 
-
+# %% ../../nbs/trading/03_desk.ipynb #043da1e3
 def _note(self: Desk, facts: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
     "Append facts that have happened whether or not they can be written now."
     if not self.write(facts):
@@ -103,10 +107,11 @@ def _submit(self: Desk, wants: Iterable[Want], bar_ms: int, # Close of the bar t
         pairs = [(w, l) for w, l in pairs if w.reduces]
         self.unwritten.extend(("intent", l.id, l.body) for _, l in pairs)
         self.loose.update({l.id: l for _, l in pairs})
+    self.unsent = {l.id for _, l in pairs}
     for w, l in pairs: self._leave(w, l, still)
     return [l for _, l in pairs]
 
-
+# %% ../../nbs/trading/03_desk.ipynb #4c3ca1b0
 def _capped(self: Desk, w: Want) -> Want:
     "No more than the venue takes in one order; what remains is for the next time."
     most = self.mirror.grids[w.symbol].lots(self.mirror.grids[w.symbol].max_qty)
@@ -115,11 +120,12 @@ def _capped(self: Desk, w: Want) -> Want:
 
 Desk.submit, Desk._capped = _submit, _capped
 
-# %% ../../nbs/trading/03_desk.ipynb #4c3ca1b0
+# %% ../../nbs/trading/03_desk.ipynb #0cf1b289
 def _leave(self: Desk, w: Want, line: Line, still: Callable[[Want], bool]) -> None:
     "Send one order, if it may still be sent, and note what came of it."
     if self.venue.now_ms() > line.body["expires_ms"]: return self._over(line, "never_sent", "too late")
     if not w.reduces and not still(w): return self._over(line, "never_sent", "no room any more")
+    self.unsent.discard(line.id)
     self.point(f"before-send {w.purpose}")
     try: got = self._call(w, line)
     except ConfigError as e: got = Outcome(REFUSED, None, Malformed(str(e)))
@@ -133,7 +139,7 @@ def _leave(self: Desk, w: Want, line: Line, still: Callable[[Want], bool]) -> No
     self.refused[key] = self.refused.get(key, 0) + 1 if got.kind == REFUSED else 0
     self.emit("order", id=line.id, outcome=got.kind, order_id=order_id, error=str(got.error) if got.error else "", **line.body)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #30d19ce4
 def _call(self: Desk, w: Want, line: Line) -> Outcome:
     "The one call that sends."
     quantity = Decimal(line.body["quantity"])
@@ -141,11 +147,12 @@ def _call(self: Desk, w: Want, line: Line) -> Outcome:
     kind = "STOP_MARKET" if w.purpose == "STOP" else "TAKE_PROFIT_MARKET"
     return self.venue.protect(OrderRequest(w.symbol, w.side, quantity, line.id, w.position_side, kind, trigger=w.trigger))
 
-
+# %% ../../nbs/trading/03_desk.ipynb #e8cb8e5d
 def _over(self: Desk, line: Line, end: str, why: str = "") -> None:
     "An intent has its one end."
     self.note([("end", line.id, {"end": end, "filled": line.filled, "why": why})])
     self.absent.pop(line.id, None)
+    self.unsent.discard(line.id)
     self.emit("order", id=line.id, outcome=line.outcome, order_id=line.order_id, end=end, error=why, **line.body)
 
 
@@ -160,21 +167,20 @@ def _reconcile(self: Desk) -> bool: # Complete, and no difference
         fills, bills = self.venue.fills(self.since_ms), self.venue.funding(self.since_ms)
         listing = self.venue.orders(self._oldest()) if self._must_list(snap, fills) else None
     except WeexError as e:
-        self.clean = False
+        self.clean, self.keys = False, str(e) if isinstance(e, AuthError | PermissionDenied) else ""
         self.emit("error", where="reconcile", text=str(e))
         return False
-    self.snap = snap
+    self.snap, self.clean, self.keys = snap, True, ""
     names = {**self.journal.book.orders, **{o.order_id: o.client_id for o in listing or () if o.client_id}}
-    self._book_fills([f for f in fills if f.symbol in self.mirror.symbols], names)
+    self._book_fills([f for f in fills if f.symbol in self.mirror.symbols and f.time_ms >= self.started_ms], names)
     self._book_bills(bills)
     self._resolve(snap, listing)
     same = self._compare(snap)
-    odd = self.mirror.settle(snap)
-    if same and abs(odd) > ODD * max(1.0, float(abs(snap.wallet))):
+    odd = self.mirror.settle(snap) if same else 0.0
+    if abs(odd) > ODD * max(1.0, float(abs(snap.wallet))):
         self.note([("note", "adjust", {"amount": odd})])
         self.emit("error", where="balance", text=f"the venue's cash differs from ours by {odd:.8f}; the venue's is taken")
     if same: self.since_ms = snap.time_ms - OVERLAP_MS
-    self.clean = same
     self.point("reconciled")
     return same
 
@@ -185,11 +191,11 @@ Desk.reconcile = _reconcile
 def _must_list(self: Desk, snap: Snapshot, fills: Sequence[Fill]) -> bool:
     "Is there anything the short reads cannot explain?"
     working, seen = {o.client_id for o in snap.orders}, self.journal.book.seen["fill"]
-    if any(l.id not in working for l in self.open.values()): return self._undone(snap, fills)
+    if any(l.id not in working for l in self.sent): return self._undone(snap, fills)
     if any(f.fill_id not in seen and f.order_id not in self.journal.book.orders for f in fills): return True
     return bool(self.drift)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #f2457fbf
 def _undone(self: Desk, snap: Snapshot, fills: Sequence[Fill]) -> bool:
     "Some open intent does not work at the venue; is any of them not simply filled?"
     working, seen = {o.client_id for o in snap.orders}, self.journal.book.seen["fill"]
@@ -199,9 +205,9 @@ def _undone(self: Desk, snap: Snapshot, fills: Sequence[Fill]) -> bool:
         name = self.journal.book.orders.get(f.order_id)
         if name is None: return True
         fresh[name] = fresh.get(name, 0) + self.mirror.grids[f.symbol].lots(f.quantity)
-    return bool(self.drift) or any(l.left > fresh.get(l.id, 0) for l in self.open.values() if l.id not in working)
+    return bool(self.drift) or any(l.left > fresh.get(l.id, 0) for l in self.sent if l.id not in working)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #e3143496
 def _oldest(self: Desk) -> int:
     "From when on orders must be listed."
     times = [l.time_ms for l in self.open.values()]
@@ -227,20 +233,20 @@ def _book_fills(self: Desk, fills: Sequence[Fill], names: Mapping[str, str]) -> 
         if purpose == "EXTERNAL": self.block(f.symbol, "EXTERNAL")
         self.emit("fill", id=f.fill_id, **body)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #950160c8
 def _purpose(self: Desk, client_id: str, f: Fill) -> str:
     "What the order behind a fill was for."
     if client_id in self.open: return self.open[client_id].body["purpose"]
     if client_id in self.journal.book.seen["intent"]: return "EXIT"
     return "EXTERNAL"
 
-
+# %% ../../nbs/trading/03_desk.ipynb #3ca729a4
 def _book(self: Desk, body: Mapping[str, Any]) -> None:
     "Book one journaled fill in the mirror."
     lots = body["lots"] if body["side"] == "BUY" else -body["lots"]
     self.mirror.book(body["symbol"], lots, body["price"], body["fee"], body["time_ms"], body["purpose"])
 
-
+# %% ../../nbs/trading/03_desk.ipynb #80bc42de
 def _book_bills(self: Desk, bills: Sequence[Any]) -> None:
     "Journal and book bills that are new; those from before our first reading are part of the starting balance."
     for b in bills:
@@ -249,12 +255,12 @@ def _book_bills(self: Desk, bills: Sequence[Any]) -> None:
         self.note([("funding", b.bill_id, body)])
         self.mirror.credit(body["amount"], moves_money(b.kind))
 
-
+# %% ../../nbs/trading/03_desk.ipynb #fe6e1c39
 def moves_money(kind: str) -> bool:
     "A bill that is a transfer, neither profit nor loss."
     return kind.startswith(("deposit", "withdraw", "transfer"))
 
-
+# %% ../../nbs/trading/03_desk.ipynb #5c6b9a0d
 def block(self: Desk, symbol: str, why: str) -> None:
     "No entries in this symbol until an operator resumes."
     if symbol not in self.blocked:
@@ -271,7 +277,7 @@ FINAL = ("FILLED", "CANCELED", "EXPIRED", "REJECTED", "TRIGGERED")
 def _resolve(self: Desk, snap: Snapshot, listing: Sequence[Order] | None) -> None:
     "Find out what became of open intents."
     working = {o.client_id: o for o in snap.orders if o.live}
-    for line in list(self.open.values()):
+    for line in self.sent:
         found = [o for o in listing or () if o.client_id == line.id]
         here = working.get(line.id) or (found[0] if found else None)
         if here is not None and line.outcome != ACK:
@@ -282,7 +288,7 @@ def _resolve(self: Desk, snap: Snapshot, listing: Sequence[Order] | None) -> Non
         elif found: self._finish(line, found)
         elif listing is not None and line.outcome == UNKNOWN: self._unseen(line)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #04b5f0d9
 def _finish(self: Desk, line: Line, found: Sequence[Order]) -> None:
     "End an intent whose orders are final and whose fills have all arrived."
     if any(o.live for o in found): return
@@ -294,7 +300,7 @@ def _finish(self: Desk, line: Line, found: Sequence[Order]) -> None:
         return
     self._over(line, "filled" if executed else "refused" if normal[0].status == "REJECTED" else "canceled")
 
-
+# %% ../../nbs/trading/03_desk.ipynb #78463f4d
 def _unseen(self: Desk, line: Line) -> None:
     "Count complete listings without this order; twice, late enough, is proof."
     if self.venue.now_ms() - line.time_ms < SETTLE_MS: return
@@ -320,7 +326,7 @@ def _compare(self: Desk, snap: Snapshot) -> bool: # No difference
         if self.drift[s] >= TRIES and not any(l.body["symbol"] == s and l.outcome == UNKNOWN for l in self.open.values()): self._adopt(s, gap, snap)
     return same
 
-
+# %% ../../nbs/trading/03_desk.ipynb #74c71f34
 def _adopt(self: Desk, s: str, gap: int, snap: Snapshot) -> None:
     "Book the difference as a fill from outside."
     n = self.mirror.index(s)
@@ -351,7 +357,7 @@ def _against(self: Desk, symbol: str) -> str: # "" = nothing
     if not self.mirror.grids[symbol].tradable: return "NOT_TRADABLE"
     return ""
 
-
+# %% ../../nbs/trading/03_desk.ipynb #9d832f34
 def _lots_open(self: Desk, *purposes: str) -> dict[str, int]: # Symbol -> lots
     "Lots of open orders that may yet be filled."
     out: dict[str, int] = {}
@@ -381,14 +387,14 @@ def _protect(self: Desk, bar_ms: int) -> None:
             self.point("before-cancel")
             self.venue.cancel(o)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #5697b48b
 def _as_order(l: Line) -> Order:
     "A conditional order we know of and the venue does not list yet."
     b, kind, none = l.body, "STOP_MARKET" if l.body["purpose"] == "STOP" else "TAKE_PROFIT_MARKET", Decimal(0)
     return Order("", l.id, b["symbol"], b["side"], b["position_side"], kind, "UNTRIGGERED", Decimal(b["quantity"]), none, none, none,
                  Decimal(b["trigger"]), True, l.time_ms, l.time_ms)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #3a9aac78
 def _hopeless(self: Desk, line: Line) -> bool:
     "Is the price beyond the stop already, as far as the present quote tells?"
     try: q = self.venue.quote(line.body["symbol"])
@@ -414,7 +420,7 @@ def _leave_symbols(self: Desk, symbols: Iterable[str], bar_ms: int) -> None:
         self.point("before-close-all")
         self.venue.close_all(w.symbol)
 
-
+# %% ../../nbs/trading/03_desk.ipynb #a5ab6c18
 def _flatten(self: Desk, bar_ms: int) -> bool: # Flat, as far as we know
     "Cancel our working entries and close everything."
     for o in self.snap.orders if self.snap else ():
@@ -439,8 +445,8 @@ def _recover(self: Desk) -> None:
         if e.kind == "fill" and e.body["symbol"] in self.mirror.symbols: self.book(e.body)
         elif e.kind == "funding": self.mirror.credit(e.body["amount"], moves_money(e.body["kind"]))
     self.blocked = dict(book.state.get("blocked", {}))
-    self.since_ms = max(0, (book.time_ms or self.venue.now_ms()) - OVERLAP_MS)
-    self.started_ms = int(book.state.get("started_ms", self.venue.now_ms()))
+    self.started_ms = book.began_ms or self.venue.now_ms()
+    self.since_ms = max(self.started_ms, book.time_ms) - OVERLAP_MS
     for l in list(book.open.values()): self.since_ms = min(self.since_ms, max(0, l.time_ms - OVERLAP_MS))
 
 

@@ -109,6 +109,7 @@ class Member:
     search: Mapping[str, Any] = field(default_factory=dict) # Parameter -> domain
     share: int = 1 # Of the trials, relative to the other members
     reach: int = 0 # Bars before its own that a learner's window reads
+    horizon: int = 1 # Bars after a decision that its label may use
     features: tuple[str, ...] = () # Features it needs, beyond those everyone gets
 
     def __post_init__(self):
@@ -118,13 +119,18 @@ class Member:
             raise ConfigError(f"member {self.name!r}: use small letters, digits and underscores.")
         both = sorted(set(self.fixed) & set(self.search))
         if both: raise ConfigError(f"member {self.name!r}: {both[0]} is both fixed and searched.")
-        if self.share < 1 or self.reach < 0:
-            raise ConfigError(f"member {self.name!r}: share is {self.share}, reach {self.reach}; expected >= 1 and >= 0.")
+        if min(self.share, self.horizon, self.reach + 1) < 1:
+            raise ConfigError(f"member {self.name!r}: share {self.share}, reach {self.reach}, horizon {self.horizon}; expected >= 1, >= 0, >= 1.")
 
 # %% ../../nbs/validation/07_family.ipynb #a731917c
 def configure(member: Member, values: Mapping[str, Any]) -> Fit:
     "A configuration of a member."
-    return build_fit(member.fit, {**member.fixed, **values})
+    fit = build_fit(member.fit, {**member.fixed, **values})
+    for what, found, stated in (("reach", getattr(fit, "window", 1) - 1, member.reach), ("horizon", getattr(fit, "horizon", 1), member.horizon)):
+        if found > stated:
+            raise ConfigError(f"member {member.name!r} states a {what} of {stated} bars, but {dict(values)} makes a fit with {found}: "
+                              f"the splits would leak. State {what} = {found} or more.")
+    return fit
 
 # %% ../../nbs/validation/07_family.ipynb #0b834ebf
 def deal(members: Sequence[Member], trials: int) -> list[Member]: # One member a trial
@@ -184,15 +190,13 @@ def _steps(value: Any) -> int:
 # %% ../../nbs/validation/07_family.ipynb #001bd950
 def budgets(members: Sequence[Member], # The space
             trials: int, # Configurations in all
-            splits: int, # Of the cross-validation
-            seeds: int, # For policies whose seed matters
-           ) -> list[dict[str, Any]]: # One row a member: trials, fits, steps a fit, steps in all
+            jobs: Mapping[str, int], # Jobs of one trial of each member
+           ) -> list[dict[str, Any]]: # One row a member: trials, jobs, steps a job, steps in all
     "What a search will cost."
     dealt, rows = deal(members, trials), []
     for m in members:
         mine, steps = sum(d is m for d in dealt), _steps(m.fixed)
-        fits = mine * (splits * seeds if steps else 1)
-        rows.append({"member": m.name, "trials": mine, "fits": fits, "steps_a_fit": steps, "steps": fits * steps})
+        rows.append({"member": m.name, "trials": mine, "jobs": mine * jobs[m.name], "steps_a_job": steps, "steps": mine * jobs[m.name] * steps})
     return rows
 
 # %% ../../nbs/validation/07_family.ipynb #39dd9ac3
@@ -213,7 +217,7 @@ def members_data(members: Sequence[Member]) -> list[dict[str, Any]]: # JSON-able
     "Members as plain data; `members_from` reads it back."
     bare = lambda d: list(d.choices) if d.choices else {"low": d.low, "high": d.high, "log": d.log, "whole": d.whole}
     return [{"name": m.name, "fit": m.fit, "fixed": dict(m.fixed), "search": {k: bare(d) for k, d in m.search.items()}, "share": m.share,
-             "reach": m.reach, "features": list(m.features)} for m in members]
+             "reach": m.reach, "horizon": m.horizon, "features": list(m.features)} for m in members]
 
 # %% ../../nbs/validation/07_family.ipynb #889236e7
 def read_space(space: str | Path) -> tuple[Member, ...]: # A name in `SPACES`, or a TOML file
