@@ -343,10 +343,11 @@ def _tick(self: Notifier, now: float) -> None:
 
 # %% ../../nbs/trading/09_notify.ipynb #9d101085
 def _last(self: Notifier) -> None:
-    "What still waits goes out now."
+    "What still waits goes out now, and the channel is let go."
     for t in self.waiting.values(): t.due = -math.inf
     self.next = -math.inf
-    self.tick(self.env.clock.monotonic())
+    try: self.tick(self.env.clock.monotonic())
+    finally: getattr(self.channel, "close", lambda: None)()
 
 
 Notifier._compose, Notifier.tick, Notifier.close = _compose, _tick, _last
