@@ -14,7 +14,7 @@ from ..config import Settings
 from ..core import ConfigError, Env, Transport
 from .ailog import AiLog, upload_client
 from .metrics import Metrics
-from .notify import AppriseChannel, Channel, Dispatcher, JsonLog, Listener, Notifier, Redactor
+from .notify import AppriseChannel, Channel, Dispatcher, JsonLog, Listener, Notifier, Redactor, plain, redacted
 from .telegram import TELEGRAM, Asks, Board, Bot, BotApi, QuietHttp, TelegramChannel, chat_ids
 from ..weex.client import WeexAPIClient
 
@@ -57,7 +57,8 @@ def _part(self: Contact, what: str, make: Callable[[], Any]) -> Any: # None when
 def _behind(self: Contact, name: str, *listeners: Listener | None, size: int = 1000) -> None:
     "Put listeners behind a dispatcher."
     found = [x for x in listeners if x is not None]
-    if found: self.dispatchers[name] = Dispatcher(found, self.env, size, self.complain)
+    clean = lambda event: redacted(plain(event), self.redact)
+    if found: self.dispatchers[name] = Dispatcher(found, self.env, size, clean, self.complain)
 
 # %% ../../nbs/trading/13_contact.ipynb #6593bada
 def _told(self: Contact, channel: Channel | None) -> None:
