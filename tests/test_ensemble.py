@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from stratfam.core import ConfigError, Features, ObservationSpec, Scaler, digest
+from stratfam.core import ConfigError, DataError, Features, ObservationSpec, Scaler, digest
 from stratfam.data.features import build, fit_scaler
 from stratfam.data.worlds import make_world
 from stratfam.market.account import Costs, new_state
@@ -16,7 +16,7 @@ from stratfam.policies.base import BASELINES, Fit, Task, baseline, combined, dec
 from stratfam.policies.ensemble import (Blend, CalibratedFit, EnsembleFit, calibration_error, fit_calibration, hits, inner_folds, intervals_of,
                                         reliability, votes_for, walked)
 from stratfam.policies.family import FAMILY, calibrated, family_fit
-from stratfam.policies.regime import InformedFit, RouterFit, fit_regimes
+from stratfam.policies.regime import InformedFit, RouterFit
 from stratfam.policies.sb3 import SB3Fit
 from stratfam.policies.supervised import CorrelationFilter, ForecastFit, Importance, SelectedFit, samples
 from stratfam.risk.limits import limits_from
@@ -57,7 +57,7 @@ def test_inner_folds_are_the_judges_definition():
         back, embargo, k = int(rng.integers(0, 8)), int(rng.integers(0, 12)), int(rng.integers(2, 5))
         task = Task(bars, features, label_end=ends, lookback=back)
         try: folds = inner_folds(task, train, k, embargo)
-        except Exception as e:
+        except DataError as e:
             assert "nothing left" in str(e) or "cannot be cut" in str(e)
             continue
         rows = [i for a, b in train for i in range(a, b)]
@@ -121,7 +121,8 @@ def test_narrow_equals_what_the_member_alone_would_see(task):
         specs = []
         for _ in range(3):
             names = tuple(rng.permutation(NAMES)[:rng.integers(0, 5)])
-            scaler = Scaler(rng.normal(size=len(names)), rng.uniform(0.01, 2, len(names)), rng.uniform(1, 10)) if len(names) and rng.random() < 0.7 else None
+            F, scaler = len(names), None
+            if F and rng.random() < 0.7: scaler = Scaler(rng.normal(size=F), rng.uniform(0.01, 2, F), rng.uniform(1, 10))
             account = tuple(rng.permutation(("weight", "cash", "unrealised", "drawdown", "since_trade"))[:rng.integers(1, 6)])
             specs.append(ObservationSpec(names, int(rng.integers(1, 9)), scaler, account))
         whole = combined(specs)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Start', 'End', 'Options', 'MarketIs', 'WORDS', 'COLUMNS', 'given', 'closed_bars', 'task_for', 'said', 'lines',
-           'watch', 'train_one', 'said_of', 'train', 'about_of', 'aged', 'told', 'as_text', 'infer', 'weights_run',
-           'policy_run', 'after_training', 'report_run', 'walked_by', 'backtest']
+           'watch', 'train_one', 'said_of', 'train', 'about_of', 'aged', 'told', 'as_text', 'infer', 'weights_of',
+           'beside', 'after_training', 'report_run', 'saved_run', 'walked_by', 'backtest']
 
 # %% ../../nbs/commands/04_family.ipynb #a91be991
 import json
@@ -110,9 +110,10 @@ def train_one(fit: Any, task: Any, train: Any, seed: int, place: Path, tensorboa
 # %% ../../nbs/commands/04_family.ipynb #da99fd8f
 def said_of(policy: Any) -> str:
     "A policy in a line; ensembles and routers speak for themselves."
-    while hasattr(policy, "policy") and "__repr__" not in type(policy).__dict__: policy = policy.policy
-    text = repr(policy)
-    return text if len(text) < 300 and type(policy).__name__ in ("Blend", "Router") else type(policy).__name__
+    kind = type(policy).__name__
+    if kind in ("Calibrated", "Informed"): return f"{kind}({said_of(policy.policy)})"
+    text = repr(policy) if kind in ("Blend", "Router") else kind
+    return text if len(text) < 300 else kind
 
 # %% ../../nbs/commands/04_family.ipynb #9a8964f9
 @app.command()
@@ -180,8 +181,9 @@ def told(policy: Any, about: dict, now: Any, bars: Any, lag: float) -> dict[str,
 # %% ../../nbs/commands/04_family.ipynb #9d71acc1
 def as_text(answer: dict[str, Any], step: str) -> str:
     "A decision as a person reads it."
-    head = (f"{answer['policy']} ({answer['rules']}), digest {answer['digest'][:12]}, trained on {' .. '.join(t[:10] for t in answer['trained'] or [])}\n"
-            f"Newest closed bar: {answer['bar']} UTC, {step}" + (f"; it closed {answer['age_bars']:.0f} bars ago" if answer["age_bars"] >= 1 else "") + "\n")
+    span, old = " .. ".join(t[:10] for t in answer["trained"] or []), answer["age_bars"]
+    head = (f"{answer['policy']} ({answer['rules']}), digest {answer['digest'][:12]}, trained on {span}\n"
+            f"Newest closed bar: {answer['bar']} UTC, {step}" + (f"; it closed {old:.0f} bars ago" if old >= 1 else "") + "\n")
     body = [f"{'symbol':<10} {'wish':>8} {'sure':>6} {'held':>8} {'target':>8}  reasons"]
     for r in answer["decisions"]:
         wish = "hold" if r["wish"] != r["wish"] else f"{r['wish']:+.3f}"
@@ -210,14 +212,12 @@ def infer(policy: Annotated[Path, typer.Argument(help="A folder written by `stra
     show(answer, as_json, as_text(answer, about["step"]))
 
 # %% ../../nbs/commands/04_family.ipynb #d3874aa5
-def weights_run(path: Path, bars: Any, s: Any) -> Any:
-    "Walk a table of weights."
+def weights_of(path: Path, bars: Any) -> Any: # (T,N) float64; NaN = hold
+    "A table of weights on the grid of the bars."
     import numpy as np
     import pandas as pd
 
     from stratfam.core import DataError
-    from stratfam.demo import plan_from
-    from stratfam.market.backtest import arena, backtest_weights
     frame = pd.read_csv(path, index_col=0, parse_dates=True)
     if not isinstance(frame.index, pd.DatetimeIndex): raise DataError(f"{path}: the first column must hold the bars' open times, UTC.")
     missing = [c for c in bars.symbols if c not in frame.columns]
@@ -225,63 +225,68 @@ def weights_run(path: Path, bars: Any, s: Any) -> Any:
     idx = frame.index.tz_convert("UTC").tz_localize(None) if frame.index.tz is not None else frame.index
     stray = ~idx.isin(pd.DatetimeIndex(bars.time))
     if stray.all(): raise DataError(f"{path}: none of its {len(frame)} rows has a bar here; are the times bar opens in UTC?")
-    full = frame.set_axis(idx)[list(bars.symbols)].reindex(pd.DatetimeIndex(bars.time)).to_numpy("f8")
-    plan = plan_from(s)
-    return backtest_weights(np.ascontiguousarray(full), arena(bars, plan.limits, plan.costs, capital=s.trading.capital_usdt))
+    return np.ascontiguousarray(frame.set_axis(idx)[list(bars.symbols)].reindex(pd.DatetimeIndex(bars.time)).to_numpy("f8"))
 
 # %% ../../nbs/commands/04_family.ipynb #fd2792ee
-def policy_run(policy: Any, task: Any, capital: float, start: int, seed: int) -> dict[str, Any]:
-    "Walk a policy and the two it has to beat."
-    from stratfam.market.backtest import arena, walk
+def beside(name: str, what: Any, task: Any, capital: float, start: int = 0, seed: int = 0) -> dict[str, Any]:
+    "Walk a policy, or (T,N) weights, and the two it has to beat."
+    from stratfam.market.backtest import arena, backtest_weights, walk
     from stratfam.policies.base import baseline
     ring, rows = arena(task.bars, task.limits, task.costs, task.lots, capital), [(start, len(task.bars))]
-    rivals = {n: baseline(n).fit(task) for n in ("buy_and_hold", "cash")}
-    return {"policy": walk(policy, ring, task.features, rows, seed)[0]} | {n: walk(p, ring, task.features, rows, seed)[0] for n, p in rivals.items()}
+    runs = {name: walk(what, ring, task.features, rows, seed)[0] if hasattr(what, "act") else backtest_weights(what, ring, start=start)}
+    for n in ("buy_and_hold", "cash"):
+        if n not in runs: runs[n] = walk(baseline(n).fit(task), ring, task.features, rows)[0]
+    return runs
 
 # %% ../../nbs/commands/04_family.ipynb #f52ad68e
-def after_training(bars: Any, about: dict, asked: str | None) -> tuple[int, int]:
-    "The first row to walk, and how many of the rows walked were train rows."
+def after_training(bars: Any, about: dict) -> int:
+    "The first row after the policy's train rows."
     import numpy as np
 
     from stratfam.core import DataError
     span = about.get("span") or []
-    last = int(np.searchsorted(bars.time, np.datetime64(span[1]), side="right")) if span else 0
-    first = int(np.searchsorted(bars.time, np.datetime64(span[0]))) if span else 0
-    if asked is not None: return 0, max(0, last - first)
-    if last >= len(bars) - 1: raise DataError("all these bars lie before the end of the policy's train rows. Give later bars, or --start to walk them anyway.")
-    return last, 0
+    first = int(np.searchsorted(bars.time, np.datetime64(span[1]), side="right")) if span else 0
+    if first < len(bars) - 1: return first
+    raise DataError("all these bars lie before the end of the policy's train rows. Give later bars, or --start to walk them anyway.")
 
 # %% ../../nbs/commands/04_family.ipynb #1fd15173
 def report_run(runs: dict[str, Any], title: str, command: str, out: Path) -> Path:
     "A page about a backtest."
     from stratfam.core import Env, step_name
-    from stratfam.demo import _versions
     from stratfam.figures import RunData, WorldReport, merits
+    from stratfam.policies.base import versions
     from stratfam.reporting import run_report
     b = next(iter(runs.values()))
-    facts = {"symbols": ", ".join(b.symbols), "bar length": step_name(b.step), "bars": f"{str(b.time[0])[:16]} to {str(b.time[-1])[:16]}, {len(b):,} rows"}
+    span = f"{str(b.time[0])[:16]} to {str(b.time[-1])[:16]}, {len(b):,} rows"
+    facts = {"symbols": ", ".join(b.symbols), "bar length": step_name(b.step), "bars": span}
     world = WorldReport(title, False, facts, b.step, next(iter(runs)), runs, tuple(n for n in runs if n in ("buy_and_hold", "cash")), merits(runs))
-    return run_report("validation", None, out, run=RunData("backtest", Env().iso(), command, (world,), versions=_versions()))
+    return run_report("validation", None, out, run=RunData("backtest", Env().iso(), command, (world,), versions=versions()))
 
 # %% ../../nbs/commands/04_family.ipynb #896c78cc
-def walked_by(what: str, folder: Path | None, symbols: Any, step: str | None, market: str | None, start: str | None, end: str | None, s: Any):
-    "Runs by name, and a note about train rows."
+def saved_run(place: Path, folder: Path | None, start: str | None, end: str | None, s: Any) -> tuple[dict[str, Any], str]:
+    "Runs of a saved policy and its rivals, and a note about train rows among them."
+    import numpy as np
+    policy, about = about_of(place)
+    task = task_for(closed_bars(folder, list(about["symbols"]), about["step"], about["market"], None, end), about["features"], s)
+    first = int(np.searchsorted(task.bars.time, np.datetime64(start))) if start is not None else after_training(task.bars, about)
+    runs = beside(place.name, policy, task, s.trading.capital_usdt, first, about.get("seed", 0))
+    known = [np.datetime64(t) for t in about.get("span") or []]
+    lies = int(((task.bars.time[first:] >= known[0]) & (task.bars.time[first:] <= known[1])).sum()) if known else 0
+    note = f"{lies:,} of these {len(task.bars) - first:,} bars were train rows: there the policy repeats what it memorised."
+    return runs, note if lies else ""
+
+# %% ../../nbs/commands/04_family.ipynb #9d8586a3
+def walked_by(what: str, folder: Path | None, symbols: Any, step: str | None, market: str | None, start: str | None, end: str | None,
+              s: Any) -> tuple[dict[str, Any], str]:
+    "Runs by name, and a note."
+    from stratfam.core import known
     from stratfam.policies.base import BASELINES, baseline
     path, capital = Path(what), s.trading.capital_usdt
-    if path.suffix == ".csv": return {path.stem: weights_run(path, closed_bars(folder, symbols, step, market, start, end), s)}, ""
-    if what in BASELINES and not path.is_dir():
-        task = task_for(closed_bars(folder, symbols, step, market, start, end), None, s)
-        runs = policy_run(baseline(what).fit(task), task, capital, 0, 0)
-        return {what: runs.pop("policy")} | runs, ""
-    policy, about = about_of(path)
-    task = task_for(closed_bars(folder, list(about["symbols"]), about["step"], about["market"], None, end), about["features"], s)
-    first, inside = after_training(task.bars, about, start)
-    import numpy as np
-    if start is not None: first = int(np.searchsorted(task.bars.time, np.datetime64(start)))
-    runs = policy_run(policy, task, capital, first, about.get("seed", 0))
-    lies = int((task.bars.time[first:] <= np.datetime64(about["span"][1])).sum()) if inside else 0
-    note = f"{lies:,} of these {len(task.bars) - first:,} bars were train rows: there the policy repeats what it memorised." if lies else ""
-    return {path.name: runs.pop("policy")} | runs, note
+    if path.is_dir(): return saved_run(path, folder, start, end, s)
+    table = path.suffix == ".csv"
+    if not table: known("rule, saved policy or CSV", what, BASELINES)
+    task = task_for(closed_bars(folder, symbols, step, market, start, end), ("return_1",) if table else None, s)
+    return beside(path.stem, weights_of(path, task.bars) if table else baseline(what).fit(task), task, capital), ""
 
 # %% ../../nbs/commands/04_family.ipynb #53657baa
 COLUMNS = ("total_return", "cagr", "sharpe", "sharpe_se", "max_drawdown", "volatility", "exposure", "trades", "turnover_a_year", "bars")
@@ -301,7 +306,8 @@ def backtest(what: Annotated[str, typer.Argument(help="A saved policy's folder, 
     s = settings(config, overrides)
     runs, note = walked_by(what, folder, names_of(symbols), step, market, start, end, s)
     table = merits(runs)[list(COLUMNS)].rename_axis("policy")
-    page = report_run(runs, f"Backtest of {next(iter(runs))}", f"stratfam backtest {what}", out or s.report.folder) if report or open_browser else None
+    name, page = next(iter(runs)), None
+    if report or open_browser: page = report_run(runs, f"Backtest of {name}", f"stratfam backtest {what}", out or s.report.folder)
     if as_json: show({"metrics": table.reset_index().to_dict("records"), "note": note, "report": page and str(page)}, True)
-    else: show(None, False, table.T.map(lambda v: f"{v:,.4g}").to_string() + (f"\nNOTE: {note}" if note else "") + (f"\n{page}" if page else ""))
+    else: show(None, False, "\n".join(x for x in (table.T.map(lambda v: f"{v:,.4g}").to_string(), note and f"NOTE: {note}", page and str(page)) if x))
     if open_browser: open_page(page)
