@@ -7,6 +7,7 @@ from kernel_oracle import Oracle
 
 from stratfam.core import Bars, as_step
 from stratfam.market.account import CAUSES, Costs, logged, new_log, new_state, pack_market, run
+from stratfam.market.backtest import arena, decide_accounts, step_accounts
 from stratfam.risk.gate import STATES, no_inputs, pack_senses, work_space
 from stratfam.risk.limits import Lots, limits_from, pack_rules
 
@@ -101,6 +102,17 @@ def run_kernel(bars, limits, costs, lots, W, C, given, signals, capital=1000.0, 
     return series, held, np.array(pending), logged(log), st_
 
 
+def run_bars(bars, limits, costs, lots, W, C, given, signals, capital=1000.0):
+    "The final state when each bar is played and decided by the functions of the environment, which know no shortcut."
+    a = arena(bars, limits, costs, lots, capital, no_inputs(W.shape[1], **given))
+    st_, log, alive = new_state(1, W.shape[1], capital), new_log(0), np.ones(1, bool)
+    for t in range(len(W)):
+        step_accounts(*a.market, a.rules.sym, a.rules.lim, *st_, np.array([t]), alive, log)
+        decide_accounts(a.market.day, a.rules.sym, a.rules.lim, *st_, np.array([t]), alive, *a.senses, W[t:t + 1], C[t:t + 1], signals,
+                        work_space(W.shape[1]))
+    return st_
+
+
 def run_oracle(bars, limits, costs, lots, W, C, given, signals, capital=1000.0):
     T, N = W.shape
     allow = limits.position.allowed
@@ -134,7 +146,8 @@ def compare(seed):
     where = f"seed {seed}"
     whole, whole_held, _, whole_fills, whole_state = run_kernel(*args, step=len(args[0]))
     assert np.array_equal(whole, series) and np.array_equal(whole_held, held) and whole_fills.tobytes() == fills.tobytes(), where
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(whole_state, st_)), f"{where}: bars in one call and one by one must agree to the bit"
+    for other in (whole_state, run_bars(*args)):
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(other, st_)), f"{where}: one call, many calls and single bars must agree to the bit"
     if args[0].market == "spot": assert series_cash(series, held, args) >= -1e-9 * 1000.0, f"{where}: spot cash below zero"
     np.testing.assert_array_equal(held, held2, err_msg=where)
     np.testing.assert_array_equal(pending, pending2, err_msg=where)
