@@ -104,8 +104,10 @@ def doctor(as_json: Json = False) -> None:
 # %% ../../nbs/commands/07_machine.ipynb #82886056
 def _benches() -> dict[str, Path]:
     "The benchmarks of this source tree by name."
+    import stratfam
     from stratfam.core import ConfigError
-    found = {p.stem.removeprefix("bench_"): p for p in sorted((Path(__file__).resolve().parents[2] / "tests").glob("bench_*.py"))}
+    tests = Path(stratfam.__file__).resolve().parents[1] / "tests"
+    found = {p.stem.removeprefix("bench_"): p for p in sorted(tests.glob("bench_*.py"))}
     if not found: raise ConfigError("there are no benchmarks here: they come with the source tree, not with an installed package.")
     return found
 

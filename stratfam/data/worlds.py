@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLDS', 'Truth', 'World', 'Grid', 'normals', 'students', 'ar1', 'Draw', 'gbm', 'garch', 'heston', 'merton',
-           'regime_vol', 'filter_sharpe', 'momentum', 'decaying', 'regime_conditional', 'mean_reversion',
+           'regime_vol', 'filter_sharpe', 'momentum', 'decaying', 'regime_conditional', 'regime_flip', 'mean_reversion',
            'cross_sectional', 'regime_drift', 'drift_burst', 'crypto_like', 'placebo_bars', 'bootstrap_bars', 'placebo',
            'bootstrap', 'WorldKind', 'make_world', 'worlds_table', 'oracle_weights', 'gross_sharpe', 'stylised_facts']
 
@@ -346,6 +346,17 @@ def regime_conditional(g: Grid, vol: float = 0.8, correlation: float = 0.0, edge
     z = normals(g.rng, g.T, g.N, correlation)
     return _driven(g, s, sd, z, correlation, _annual(g, mean, square - mean**2), regime=regime)
 
+# %% ../../nbs/data/02_worlds.ipynb #6843467a
+def regime_flip(g: Grid, vol: float = 0.8, correlation: float = 0.0, edge: float = 3.0, half_life: float = 1.0,
+                ratio: float = 2.0, days: float = 20.0) -> tuple[Bars, Truth]:
+    "Moves continue in the wild one of two regimes and are undone in the calm one."
+    v, phi, regime = _variance(g, edge, g.N), _decay(g, half_life), _chain(g, 2, days)
+    level = np.array([1.0, _bounded("ratio", ratio, 1.0, 10.0)])
+    sd = np.repeat(_bar_sd(g, vol) * (level / np.sqrt(np.mean(level**2)))[regime][:, None], g.N, axis=1)
+    z, before = normals(g.rng, g.T, g.N, correlation), normals(g.rng, 1, g.N, correlation)
+    s = (2.0 * regime - 1.0)[:, None] * np.sqrt(v) * ar1(np.vstack([before, z]), phi)
+    return _driven(g, s, sd, z, correlation, _annual(g, g.N * v, 2 * g.N * v * v), regime=regime)
+
 # %% ../../nbs/data/02_worlds.ipynb #06dd2a76
 def _deviation(g: Grid, edge: float, phi: float) -> tuple[float, float, float]:
     "Variance of the drift, the deviation's share of all variance, and what prices alone show, for an oracle Sharpe `edge`."
@@ -573,7 +584,7 @@ class WorldKind(NamedTuple):
 WORLDS: Mapping[str, WorldKind] = MappingProxyType(
     {f.__name__: WorldKind(f, "none") for f in (gbm, garch, heston, merton, regime_vol, crypto_like, bootstrap, placebo)}
     | {f.__name__: WorldKind(f, "latent") for f in (regime_drift, drift_burst)}
-    | {f.__name__: WorldKind(f, "planted") for f in (momentum, mean_reversion, cross_sectional, regime_conditional, decaying)})
+    | {f.__name__: WorldKind(f, "planted") for f in (momentum, mean_reversion, cross_sectional, regime_conditional, regime_flip, decaying)})
 
 # %% ../../nbs/data/02_worlds.ipynb #855c29f8
 def make_world(name: str, # Key of `WORLDS`
