@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'intervals_of', 'purged_before_and_after', 'inner_folds', 'Recorder', 'Walked', 'walked', 'annual', 'Room',
-           'side_of', 'agreed', 'Blend', 'with_weight', 'portion', 'Candidate', 'candidates', 'out_of_fold',
+           'side_of', 'agreed', 'Blend', 'with_weight', 'drifted', 'portion', 'Candidate', 'candidates', 'out_of_fold',
            'votes_for', 'EnsembleFit', 'Judged', 'hits', 'reliability', 'calibration_error', 'Calibration',
            'fit_calibration', 'Calibrated', 'sobered', 'CalibratedFit']
 
@@ -175,12 +175,20 @@ def with_weight(spec: ObservationSpec, obs: np.ndarray, weight: np.ndarray) -> n
     return out
 
 # %% ../../nbs/policies/03_ensemble.ipynb #f13b33e4
+def drifted(books: np.ndarray, # (M,B,N) what members last wished for
+            goal: np.ndarray, # (B,N) what the ensemble made of it
+            held: np.ndarray, # (B,N) what the account holds now
+           ) -> np.ndarray: # (M,B,N) what each may believe to hold
+    "Let the books follow the account."
+    safe = np.where(goal == 0.0, 1.0, goal)
+    return books * np.where(goal == 0.0, 1.0, np.clip(held / safe, 0.0, 2.0))
+
+# %% ../../nbs/policies/03_ensemble.ipynb #07c643ab
 def _act(self: Blend, obs: np.ndarray, state: Room) -> tuple[Decision, Room]:
     "Ask every member in turn."
     held = unpack(self.spec, obs).weight
     B, N = held.shape
-    books = np.repeat(held[None], len(self.members), axis=0) if state.books is None else state.books
-    if state.goal is not None: books = np.where((held == 0.0) & (state.goal != 0.0), 0.0, books)
+    books = np.repeat(held[None], len(self.members), axis=0) if state.books is None else drifted(state.books, state.goal, held)
     goals, sure, states = np.empty_like(books), np.empty_like(books), []
     for m, p in enumerate(self.members):
         raw, s = p.act(with_weight(p.spec, narrow(self.spec, p.spec, obs), books[m]), state.states[m])

@@ -180,10 +180,12 @@ def _ridge(s: Samples, options: dict[str, float]) -> Linear:
 def _boosting(s: Samples, options: dict[str, float]) -> Trees:
     "Gradient boosting."
     from sklearn.ensemble import HistGradientBoostingRegressor
+    from threadpoolctl import threadpool_limits
     m = HistGradientBoostingRegressor(max_iter=int(options["rounds"]), learning_rate=options["rate"], max_leaf_nodes=int(options["leaves"]),
                                       min_samples_leaf=max(20, int(options["leaf"] * len(s.y))), l2_regularization=1.0, early_stopping=False,
                                       random_state=0)
-    return trees_of(m.fit(s.x, s.y), s.x[:1000])
+    with threadpool_limits(1): m.fit(s.x, s.y)
+    return trees_of(m, s.x[:1000])
 
 # %% ../../nbs/policies/05_supervised.ipynb #d749078d
 MODELS: Mapping[str, tuple[Callable[..., Any], tuple[tuple[str, float], ...]]] = MappingProxyType({

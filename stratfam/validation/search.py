@@ -26,7 +26,7 @@ from ..data.features import CLOSE_ONLY, DEFAULT, build
 from ..market.account import Costs
 from ..policies.base import Fit, Task, baseline
 from ..risk.limits import Limits
-from .family import Member, ask_value, budgets, configure, deal, members_data, members_from
+from .space import Member, ask_value, budgets, configure, deal, members_data, members_from
 from .ledger import Ledger, trial_unit
 from .runner import (Mapped, Meter, Outcome, Results, Sent, Status, Work, code_digest, finish, mean_curve, only_coordinator,
                                         open_task, place, share_task, still_rising, work_key)
@@ -346,12 +346,12 @@ def example_fit(member: Member) -> Fit:
     return configure(member, {k: d.choices[0] if d.choices else int(d.low) if d.whole else d.low for k, d in member.search.items()})
 
 # %% ../../nbs/validation/09_search.ipynb #5175a1aa
-def study_budgets(members: Sequence[Member], design: Design, folds: Folds) -> list[dict[str, Any]]: # As `family.budgets`
+def study_budgets(members: Sequence[Member], design: Design, folds: Folds) -> list[dict[str, Any]]: # As `space.budgets`
     "What a study will cost: printed before it runs."
     return budgets(members, design.trials, {m.name: len(plan({"": example_fit(m)}, folds, range(design.seeds))) for m in members})
 
 # %% ../../nbs/validation/09_search.ipynb #7da3e374
-def search(members: Sequence[Member], # The space: from `family.read_space`
+def search(members: Sequence[Member], # The space: from `space.read_space`
            task: Task, # The study's own bars, the hold-out cut off
            design: Design, # The terms
            folder: str | Path, # Of the study; made, or continued
