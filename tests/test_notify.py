@@ -191,6 +191,7 @@ def spellings(word):
     return {word, quote(word, safe=""), json.dumps(word)[1:-1], base64.b64encode(word.encode()).decode()}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_canaries_reach_no_sink(tmp_path, caplog, capfd):
     "Every secret, in every spelling and every field, through every sink; zero bytes of it come out."
     class Leaky:

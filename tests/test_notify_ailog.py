@@ -1,10 +1,9 @@
 """The AI log: one record for every order, through faults and crashes, and never an order because of a record (F18)."""
 import json
+import math
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 from decimal import Decimal as D
@@ -38,7 +37,8 @@ class Venue:
     def __init__(self, faults=None, **user):
         t = START + np.arange(60) * np.timedelta64(1, "h")
         close = 40_000 + 100.0 * (np.arange(60)[:, None] % 7)
-        bars = Bars(t, "1h", close, close + 20, close - 20, close, np.full((60, 1), 50.0), np.zeros((60, 1)), np.ones((60, 1), bool), ("BTCUSDT",), "perp")
+        volume, ok = np.full((60, 1), 50.0), np.ones((60, 1), bool)
+        bars = Bars(t, "1h", close, close + 20, close - 20, close, volume, np.zeros((60, 1)), ok, ("BTCUSDT",), "perp")
         self.x = Exchange([bars])
         add_user(self.x, GOLDEN["key"], GOLDEN["secret"], GOLDEN["passphrase"], usdt=100_000, **user)
         self.clock = VirtualClock(int(START.astype("i8")) + 3 * 3600 * 10**9)
@@ -65,8 +65,8 @@ class Venue:
 
 
 def decision(bar="bar 0", **more):
-    return {"kind": "decision", "bar": bar, "policy": "ppo-0001", "input": "ab" * 32,
-            "symbols": {"BTCUSDT": {"weight": 0.5, "confidence": 0.8, "target": 0.25, "held": 0.0, "reasons": ["VOLATILITY"], "features": {"m": 1.5}}}} | more
+    wish = {"weight": 0.5, "confidence": 0.8, "target": 0.25, "held": 0.0, "reasons": ["VOLATILITY"], "features": {"m": 1.5}}
+    return {"kind": "decision", "bar": bar, "policy": "ppo-0001", "input": "ab" * 32, "symbols": {"BTCUSDT": wish}} | more
 
 
 ORDER = {"kind": "order", "bar": "bar 0", "symbol": "BTCUSDT", "side": "BUY", "quantity": "1", "client_id": "a", "order_id": "1", "outcome": "ACK"}
@@ -165,8 +165,8 @@ def test_an_upload_that_hangs_never_holds_an_order(tmp_path):
     log = AiLog(tmp_path / "a.db", lambda *a: (stuck.wait(20), Outcome(ACK))[1], Env())
     d = Dispatcher([log], size=100_000).start()
     began = time.perf_counter()
-    for n in range(5000): d.observe(ORDER | {"client_id": f"c{n}", "order_id": str(n + 1)})
-    assert time.perf_counter() - began < 2.0
+    for n in range(500): d.observe(ORDER | {"client_id": f"c{n}", "order_id": str(n + 1)})
+    assert time.perf_counter() - began < 1.0
     stuck.set()
     assert d.close(30)
 
@@ -212,54 +212,53 @@ def test_the_backlog_is_bounded_and_counts_what_it_lost(tmp_path):
     assert len(log.unwritten) == BACKLOG and log.lost == 50 and d.counts["failed ai log"] > BACKLOG
 
 
-WORKER = """
-import sys
-from stratfam.core import Env
-from stratfam.trading.ailog import AiLog
-from stratfam.trading.notify import Dispatcher
-from stratfam.weex.wire import ACK, Outcome
-def upload(stage, model, inputs, output, explanation, order_id):
-    print("SENT", order_id, flush=True)
-    return Outcome(ACK)
-log = AiLog(sys.argv[1], upload, Env(), gap_s=0.0)
-print("READY", flush=True)
-for n in range(1, int(sys.argv[2]) + 1):
-    log.take({"kind": "order", "symbol": "BTCUSDT", "client_id": f"c{n}", "order_id": str(n), "outcome": "ACK"})
-    print("TOOK", n, flush=True)
-    log.tick(float(n))
-for n in range(10_000):
-    log.tick(1e6 + n)
-    if not log.totals()["waiting"]: break
-print("END", flush=True)
-"""
+def work(path, out):
+    "What the forked child does: take forty orders, upload, and say each step in a file."
+    say = lambda *words: os.write(out, (" ".join(map(str, words)) + "\n").encode())
+    def upload(stage, model, inputs, output, explanation, order_id):
+        say("SENT", order_id)
+        return Outcome(ACK)
+    log = AiLog(path, upload, Env(), gap_s=0.0)
+    for n in range(1, 41):
+        log.take(ORDER | {"client_id": f"c{n}", "order_id": str(n)})
+        say("TOOK", n)
+        log.tick(float(n))
+    while log.totals()[WAITING]: log.tick(1e6)
+    say("END")
 
 
 def test_kill_at_any_moment_loses_no_record_that_was_taken(tmp_path):
-    "Real processes, real SIGKILL; at most one record a kill is sent twice."
-    path, rng, sent, took, kills = tmp_path / "a.db", np.random.default_rng(1), Counter(), 0, 0
-    for n in range(7):
-        p = subprocess.Popen([sys.executable, "-c", WORKER, str(path), "40"], stdout=subprocess.PIPE, text=True, env=os.environ)
-        stop, lines = (int(rng.integers(1, 60)) if n < 6 else 10**9), []
-        for line in p.stdout:
-            lines.append(line.split())
-            if len(lines) > stop:
-                p.send_signal(signal.SIGKILL)
-                kills += 1
+    "Real processes, real SIGKILL at a random step; at most one record a kill is sent twice."
+    path, out, rng, kills = tmp_path / "a.db", tmp_path / "out", np.random.default_rng(1), 0
+    for n in range(25):
+        before = len(out.read_text().splitlines()) if out.exists() else 0
+        f = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        child = os.fork()
+        if child == 0:
+            try: work(path, f)
+            finally: os._exit(0)
+        os.close(f)
+        stop = before + int(rng.integers(0, 70)) if n < 24 else math.inf
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if len(out.read_text().splitlines()) > stop:
+                os.kill(child, signal.SIGKILL)
+                kills += os.waitpid(child, 0)[1] == signal.SIGKILL
                 break
-        rest, _ = p.communicate(timeout=60)
-        for word, *x in [*lines, *(line.split() for line in rest.splitlines())]:
-            if word == "SENT": sent[x[0]] += 1
-            if word == "TOOK": took = max(took, int(x[0]))
+            time.sleep(0.0005)
+    lines = [line.split() for line in out.read_text().splitlines()]
+    sent, took = Counter(x[1] for x in lines if x[0] == "SENT"), {x[1] for x in lines if x[0] == "TOOK"}
+    wanted = {str(n) for n in range(1, 41)}
     db = sqlite3.connect(path)
-    assert dict(db.execute("SELECT status, count(*) FROM record GROUP BY status")) == {"done": 40} and took == 40
-    assert set(sent) == {str(n) for n in range(1, 41)} and kills == 6 and sum(sent.values()) - 40 <= kills
+    assert dict(db.execute("SELECT status, count(*) FROM record GROUP BY status")) == {"done": 40} and lines[-1] == ["END"]
+    assert took == wanted == set(sent) and kills >= 5 and sum(sent.values()) - 40 <= kills
     assert oct(path.stat().st_mode & 0o777) == "0o600"
 
 
 # The states of a record.
 
-CASES = [(["UNKNOWN/"], HELD), (["UNKNOWN/", "ACK/7"], WAITING), (["UNKNOWN/", "REFUSED/"], VOID), (["UNKNOWN/", "never_sent/"], VOID), (["REFUSED/"], VOID),
-         (["ACK/7", "REFUSED/"], WAITING), (["ACK/7", "UNKNOWN/"], WAITING), (["filled/7"], WAITING), (["UNKNOWN/", "UNKNOWN/", "canceled/7"], WAITING)]
+CASES = [("UNKNOWN/", HELD), ("UNKNOWN/ ACK/7", WAITING), ("UNKNOWN/ REFUSED/", VOID), ("UNKNOWN/ never_sent/", VOID), ("REFUSED/", VOID),
+         ("ACK/7 REFUSED/", WAITING), ("ACK/7 UNKNOWN/", WAITING), ("filled/7", WAITING), ("UNKNOWN/ UNKNOWN/ canceled/7", WAITING),
+         ("REFUSED/ UNKNOWN/", VOID), ("REFUSED/ filled/7", WAITING)]
 
 
 @pytest.mark.parametrize("memory", [False, True])
@@ -270,7 +269,7 @@ def test_what_a_row_becomes(reports, status, memory, tmp_path):
     write = log._write
     if memory: log._write = lambda: None
     log.take(decision())
-    for r in reports:
+    for r in reports.split():
         outcome, order_id = r.split("/")
         log.take(ORDER | {"outcome": outcome, "order_id": order_id or None})
     write()
@@ -301,7 +300,7 @@ def test_a_record_that_always_fails_does_not_hold_up_the_others(tmp_path):
     assert log.totals()[DONE] == 4 and asked[:9] == ["1"] * 5 + ["2", "3", "4", "5"]
 
 
-@pytest.mark.parametrize("error", [NotSent("dns"), RateLimited("slow", wait_s=300.0), Ambiguous("timeout"), TimeoutError("socket"), ConnectionResetError()])
+@pytest.mark.parametrize("error", [NotSent("dns"), RateLimited("slow", wait_s=300.0), Ambiguous("timeout"), TimeoutError(), ConnectionResetError()])
 def test_what_may_pass_is_tried_again_after_a_pause(error, tmp_path):
     answers = [error]
     def upload(*a):
@@ -339,13 +338,14 @@ FACTS = st.dictionaries(st.sampled_from("weight confidence target held reasons f
 def test_any_facts_make_a_short_plain_explanation(order, wish, about):
     text = explain(order, wish, about)
     assert 0 < len(text) <= 1000 and text.isascii() and "\n" not in text and text == explain(order, wish, about)
-    json.dumps(record_of(order, about | {"symbols": {order.get("symbol"): wish}} if isinstance(order.get("symbol"), str) else about)._asdict(), allow_nan=False)
+    table = {"symbols": {order["symbol"]: wish}} if isinstance(order.get("symbol"), str) else {}
+    json.dumps(record_of(order, about | table)._asdict(), allow_nan=False)
 
 
 def test_the_explanation_names_every_fact_and_nothing_else():
     wish = decision()["symbols"]["BTCUSDT"] | {"reasons": [r.name for r in Reason][:3]}
     text = explain(ORDER, wish, decision())
-    for fact in ("ppo-0001", "+0.5", "0.8", "bar 0", "+0.25", "BUY 1 BTCUSDT", "BAD_OUTPUT: The policy's answer", "KILL:", "DATA:", "m +1.5", "ab" * 32):
-        assert fact in text
+    facts = ["ppo-0001", "+0.5", "0.8", "bar 0", "+0.25", "BUY 1 BTCUSDT", "BAD_OUTPUT: The policy's answer", "KILL:", "DATA:", "m +1.5", "ab" * 32]
+    assert [f for f in facts if f not in text] == []
     assert "confidence" not in explain(ORDER, {"weight": 0.5}, {}) and "digest" not in explain(ORDER, {"weight": 0.5}, {})
     assert "asked for weight hold" in explain(ORDER, {"weight": float("nan")}, {})

@@ -126,7 +126,8 @@ def _open(path: Path) -> sqlite3.Connection:
     "The file, made for its owner only; every commit is synced."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "rb") as f:
+            if f.read(16) not in (b"", b"SQLite format 3\0"): raise sqlite3.DatabaseError("it does not begin like one")
         db = sqlite3.connect(path, isolation_level=None, timeout=2.0, check_same_thread=False)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
@@ -180,8 +181,9 @@ def _row(self: AiLog, key: str, event: Mapping[str, Any]) -> tuple: # client_id,
     order_id = str(event["order_id"]) if event.get("order_id") not in (None, "") else None
     status = WAITING if order_id else VOID if str(event.get("outcome")) in _NO_ORDER else HELD
     before = self.unwritten.get(key)
-    if before is not None: # Not written yet: the first words stand, the newest fate
-        return (key, order_id or before[1], status if status != HELD else before[2], before[3])
+    if before is not None: # Not written yet: the first words stand, and what is known of its fate adds up
+        order_id = order_id or before[1]
+        return (key, order_id, WAITING if order_id else VOID if VOID in (status, before[2]) else HELD, before[3])
     return (key, order_id, status, json.dumps(redacted(record_of(event, about)._asdict(), self.redact), allow_nan=False))
 
 # %% ../../nbs/trading/10_ailog.ipynb #8dce2ce5
@@ -196,8 +198,8 @@ def _write(self: AiLog) -> None:
                 self.db.execute("INSERT OR IGNORE INTO record (client_id, order_id, status, body, made, changed) VALUES (?, ?, ?, ?, ?, ?)",
                                 (key, order_id, status, body, now, now))
                 if status != HELD:
-                    self.db.execute("UPDATE OR IGNORE record SET order_id = ?, status = ?, changed = ? WHERE client_id = ? AND status = 'held'",
-                                    (order_id, status, now, key))
+                    self.db.execute("UPDATE OR IGNORE record SET order_id = ?1, status = ?2, changed = ?3 "
+                                    "WHERE client_id = ?4 AND (status = 'held' OR status = 'void' AND ?1 IS NOT NULL)", (order_id, status, now, key))
             self.db.execute("COMMIT")
         except sqlite3.Error as e:
             if self.db.in_transaction: self.db.execute("ROLLBACK")
