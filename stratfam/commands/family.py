@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Start', 'End', 'Options', 'MarketIs', 'WORDS', 'COLUMNS', 'given', 'closed_bars', 'task_for', 'said', 'lines',
-           'watch', 'train_one', 'said_of', 'train', 'about_of', 'aged', 'told', 'as_text', 'infer', 'weights_of',
-           'beside', 'after_training', 'report_run', 'saved_run', 'walked_by', 'backtest']
+           'watch', 'train_one', 'said_of', 'train', 'about_of', 'aged', 'complete', 'told', 'as_text', 'infer',
+           'weights_of', 'beside', 'after_training', 'report_run', 'saved_run', 'walked_by', 'backtest']
 
 # %% ../../nbs/commands/04_family.ipynb #a91be991
 import json
@@ -170,6 +170,16 @@ def aged(bars: Any, limits: Any, replay: bool) -> tuple[Any, float]:
     age[-1] += np.floor(lag)
     return inputs._replace(age=age), lag
 
+# %% ../../nbs/commands/04_family.ipynb #c927e147
+def complete(bars: Any) -> Any:
+    "Up to the newest bar that every symbol has: files seldom end at the same one."
+    import numpy as np
+
+    from stratfam.core import DataError
+    rows = np.flatnonzero(bars.ok.all(axis=1))
+    if not len(rows): raise DataError(f"no bar is there for all of {', '.join(bars.symbols)} at once; check them with `stratfam data check`.")
+    return bars[:int(rows[-1]) + 1]
+
 # %% ../../nbs/commands/04_family.ipynb #0e675e56
 def told(policy: Any, about: dict, now: Any, bars: Any, lag: float) -> dict[str, Any]:
     "A decision as plain data."
@@ -205,7 +215,7 @@ def infer(policy: Annotated[Path, typer.Argument(help="A folder written by `stra
     from stratfam.policies.family import latest
     loaded, about = about_of(policy)
     s = settings(config, overrides)
-    task = task_for(closed_bars(folder, list(about["symbols"]), about["step"], about["market"]), about["features"], s)
+    task = task_for(complete(closed_bars(folder, list(about["symbols"]), about["step"], about["market"])), about["features"], s)
     inputs, lag = aged(task.bars, task.limits, replay)
     ring = arena(task.bars, task.limits, task.costs, task.lots, s.trading.capital_usdt, inputs)
     answer = told(loaded, about, latest(loaded, ring, task.features, history, about.get("seed", 0)), task.bars, lag)

@@ -114,6 +114,7 @@ def _decide(self: Mirror, wish: Decision, # For one account
             held: bool) -> None: # True: a NaN wish is a deliberate hold
     "Account limits, gate and time stop; targets and reasons are in `slots`."
     day, t = close_ms // 86_400_000, close_ms // self.step_ms - 1
+    self.state.slots["pending"] = self.state.slots["lots"] # What the last decision wanted and did not get is forgotten
     decide(day, self.rules.sym, self.rules.lim[0], self.account, self.gate, self.state.slots, self.state.pos, 0, t, senses.sense, senses.context,
            senses.corr, senses.on[0], row, wish.weight, wish.confidence, 0, held, self.work)
 
