@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'SHORT', 'FILES', 'Section', 'DataSettings', 'CostSettings', 'LimitSettings', 'ValidationSettings',
-           'ReportSettings', 'TradingSettings', 'Secrets', 'Settings', 'load_config', 'show_config', 'config_schema']
+           'ReportSettings', 'TradingSettings', 'NotifySettings', 'Secrets', 'Settings', 'load_config', 'show_config',
+           'config_schema']
 
 # %% ../nbs/01_config.ipynb #92e269f8
 import json
@@ -102,12 +103,29 @@ class TradingSettings(Section):
     venue: str = Field("paper", pattern=r"^(paper|demo|weex|ccxt:[a-z0-9]+)$", description="paper, demo, weex or ccxt:<id>")
     capital_usdt: float = Field(10_000.0, gt=0, description="Equity a paper account starts with")
 
+# %% ../nbs/01_config.ipynb #d8834ae1
+class NotifySettings(Section):
+    "What the loop reports beside its journal."
+    level: Literal["debug", "info", "warning", "error", "critical"] = Field("warning", description="Least severe event that makes a message")
+    gather_s: float = Field(2.0, ge=0, le=60, description="Seconds a message waits for others like it")
+    repeat_s: float = Field(300.0, ge=1, le=86400, description="Repeats of a message within this time are counted, not sent")
+    log: Path | None = Field(Path(".stratfam/log/events.jsonl"), description="Structured log, JSON lines; \"off\": none")
+    metrics_port: int | None = Field(None, ge=1, le=65535, description="Port of the Prometheus endpoint on this machine; \"off\": none")
+    ai_log: Path | None = Field(None, description="Queue of the AI log that a contest demands; \"off\": none is kept")
+
+    @field_validator("log", "metrics_port", "ai_log", mode="before")
+    @classmethod
+    def _off(cls, value): return None if value == "off" else value
+
 # %% ../nbs/01_config.ipynb #521664b6
 class Secrets(Section):
-    "Keys of the trading venue; unset until live trading asks for them."
+    "Keys of the trading venue, and the addresses that are told; unset until something asks for them."
     weex_api_key: SecretStr | None = None
     weex_api_secret: SecretStr | None = None
     weex_passphrase: SecretStr | None = None
+    telegram_token: SecretStr | None = None # Of the bot, from @BotFather
+    telegram_chats: SecretStr | None = None # Ids of the chats it obeys, separated by commas
+    apprise_urls: SecretStr | None = None # Other channels, separated by blanks
 
 # %% ../nbs/01_config.ipynb #9e668c24
 class Settings(Section):
@@ -118,6 +136,7 @@ class Settings(Section):
     validation: ValidationSettings = ValidationSettings()
     report: ReportSettings = ReportSettings()
     trading: TradingSettings = TradingSettings()
+    notify: NotifySettings = NotifySettings()
     secrets: Secrets = Secrets()
     _origin: dict[str, str] = PrivateAttr(default_factory=dict) # "section.field" -> where its value came from
 
@@ -254,7 +273,7 @@ def show_config(settings: Settings) -> str: # TOML that `load_config` reads back
             value, where = getattr(getattr(settings, section), name), settings.origin(f"{section}.{name}")
             note = (field.description or "") + ("" if where == "default" else f" (from {where})")
             if model is Secrets: lines.append(f"# {name}: {'unset' if value is None else 'set, from ' + where}")
-            elif value is None and model is LimitSettings: lines.append(f'{name} = "off"  # {note}')
+            elif value is None and model in (LimitSettings, NotifySettings): lines.append(f'{name} = "off"  # {note}')
             elif value is None: lines.append(f"# {name} = unset  # {note}")
             else: lines.append(f"{name} = {_toml(value)}  # {note}")
         lines.append("")

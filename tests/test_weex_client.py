@@ -46,9 +46,15 @@ def test_every_private_endpoint_of_the_tables_has_a_method_or_a_reason():
     reached = {(m, urlsplit(u).path) for market, _, call in calls(READS, CHANGES, SETTINGS) for c in [client(**MARKETS[market])]
                for _ in [call(c)] for m, u, _, _ in c.transport.sent}
     idle = {n for t in (weex.CONTRACT_V3, weex.SPOT_V3, weex.CONTRACT_V2) for n, e in t.items() if (e.method, e.path) not in reached}
-    assert idle == {"trades", "index_klines", "mark_klines", "symbol_price", "open_interest", "trigger_history", "ping", "coins", "last_price",
+    assert idle == {"trades", "index_klines", "mark_klines", "symbol_price", "open_interest", "ping", "coins", "last_price",
                     "bills", "funding_bills", "transfers", "tickers", "index", "accounts",  # through read(name, ...)
                     "margin_mode"}  # V2 does not read it back, so its outcome is never ACK and it is not in the table of calls
+
+
+def test_a_read_by_name_carries_its_parameters_where_the_method_wants_them():
+    c = client("spot", spoil=lambda *a: Response(200, {}, b"[]"))
+    assert c.read("bills", limit=5) == [] == c.read("trades", symbol="BTCUSDT")
+    assert [(m, u.partition("?")[2], b) for m, u, _, b in c.transport.sent] == [("POST", "", b'{"limit":5}'), ("GET", "symbol=BTCUSDT", b"")]
 
 
 def test_ids_are_exact_as_numbers_and_as_text():
@@ -489,6 +495,7 @@ def test_a_file_that_others_may_read_is_refused(tmp_path):
     assert wire.load_credentials(f).sign(b"x") == wire.Credentials("k", "s", "p").sign(b"x")
     with pytest.raises(ConfigError, match="others could read|cannot be read"): wire.load_credentials(tmp_path)
     os.mkfifo(tmp_path / "pipe", 0o600)
+    with pytest.raises(ConfigError, match="others could read"): wire.load_credentials(tmp_path / "pipe")  # and does not wait for a writer
     for junk in ("key = ", "key = 7\nsecret = 's'\npassphrase='p'", "\xff"):
         f.write_text(junk, encoding="latin-1")
         f.chmod(0o600)

@@ -62,6 +62,8 @@ READS = {  # name: (markets, call); c = contract V3, 2 = contract V2, s = spot
     "orders_s": ("s", lambda c: c.order_history(1775666888520, 1775666888520, "DOGEUSDT")),
     "fills": ("c", lambda c: c.fills(1775732228692, 1775732228692, "DOGEUSDT")), "fills2": ("2", lambda c: c.fills(1716712170527, 1716712170527)),
     "fills_s": ("s", lambda c: c.fills(1775672947953, 1775672947953, "DOGEUSDT")), "bills": ("c", lambda c: c.bills(1789214411964, 1789214411964)),
+    "trigger_log": ("c", lambda c: c.trigger_history(1775732228695, 1775732228695)),
+    "trigger_log2": ("2", lambda c: c.trigger_history(1716595200000, 1716595200000)),
     "triggers": ("c2", lambda c: c.open_triggers()), "find_s": ("s", lambda c: c.find_order("082007092f624a18bb7af2ab42e7c8e8", "DOGEUSDT", T0)),
     "find": ("c", lambda c: c.find_order("857e1482-3225-44ce-bc0a-947714c5cabc", "DOGEUSDT", c.now_ms() - 1000)),
 }

@@ -7,12 +7,15 @@ __all__ = ['RULES', 'BASELINES', 'LINEAR', 'TANH', 'RELU', 'ACTIVATIONS', 'HEADS
            'Progress', 'Fit', 'Seen', 'symbols_seen', 'unpack', 'columns_for', 'trailing_return', 'trailing_volatility',
            'cash', 'equal', 'momentum', 'mean_reversion', 'volatility_target', 'RuleKind', 'settle', 'Rule',
            'RandomRule', 'Baseline', 'baseline', 'dense', 'forward', 'softmax', 'sure', 'joint_levels', 'Network',
-           'read_head', 'encode', 'decode', 'resolve', 'versions', 'save', 'load', 'read_about']
+           'read_head', 'combined', 'rescaled', 'account_parts', 'narrow', 'outcome_rows', 'declared', 'outcomes',
+           'encode', 'decode', 'resolve', 'versions', 'save', 'load', 'read_about', 'task_digest', 'origin',
+           'Remembered']
 
 # %% ../../nbs/policies/00_base.ipynb #fc8ad6e8
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import math
@@ -30,8 +33,9 @@ from numba import njit
 from scipy.special import ndtr
 
 import stratfam
-from ..core import (KERNEL, Bars, ConfigError, DataError, Decision, ExportError, Features, GateInputs, ObservationSpec, Policy,
-                           StratfamError, bars_per_year, digest, frozen_array, known, segments, write_atomic)
+from ..core import (ACCOUNT_FIELDS, KERNEL, Bars, ConfigError, DataError, Decision, ExportError, Features, GateInputs,
+                           ObservationSpec, Policy, Scaler, StratfamError, bars_digest, bars_per_year, digest, frozen_array, known, segments,
+                           step_name, write_atomic)
 from ..market.account import Costs
 from ..market.backtest import Arena, arena
 from ..market.env import Actions, share_out
@@ -396,6 +400,71 @@ def read_head(net: Network, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]: #
         best, p = joint_levels(L, N)[best], np.repeat(p[:, None], N, axis=1)
     return np.where(np.isfinite(p), np.array(net.actions.levels)[best], np.nan), p
 
+# %% ../../nbs/policies/00_base.ipynb #dd29b376
+def combined(specs: Sequence[ObservationSpec]) -> ObservationSpec:
+    "The unscaled observation from which each of `specs` can be cut."
+    names = tuple(dict.fromkeys(n for s in specs for n in s.names))
+    account = tuple(a for a in ACCOUNT_FIELDS if a == "weight" or any(a in s.account for s in specs))
+    return ObservationSpec(names, max((s.window for s in specs), default=1), None, account)
+
+# %% ../../nbs/policies/00_base.ipynb #8d83acc8
+def rescaled(scaler: Scaler | None, x: np.ndarray) -> np.ndarray: # (..., F) float32
+    "Features as `market.observe` scales them, in single precision."
+    if scaler is None: return x
+    return np.clip((x - scaler.center.astype("f4")) / scaler.scale.astype("f4"), -scaler.clip, scaler.clip).astype("f4")
+
+# %% ../../nbs/policies/00_base.ipynb #e4e7821e
+def account_parts(spec: ObservationSpec, N: int) -> dict[str, slice]:
+    "Where each account field of a spec lies in an observation about N symbols."
+    at, parts = spec.window * N * len(spec.names), {}
+    for a in spec.account:
+        size = 1 if a in ("cash", "drawdown") else N
+        parts[a], at = slice(at, at + size), at + size
+    return parts
+
+# %% ../../nbs/policies/00_base.ipynb #b74ec141
+def narrow(outer: ObservationSpec, # Unscaled; holds all that `inner` asks for
+           inner: ObservationSpec, # What a policy inside wants
+           obs: np.ndarray, # (B,D) float32, built for `outer`
+          ) -> np.ndarray: # (B,D') float32, as `market.observe` would build it for `inner`
+    "Cut one policy's observation from a larger one."
+    if outer.scaler is not None or inner.window > outer.window:
+        raise ConfigError(f"window {inner.window} cannot be cut from {'a scaled' if outer.scaler else 'an'} observation of window {outer.window}.")
+    N, B = symbols_seen(outer, obs.shape[1]), len(obs)
+    cols = [outer.names.index(known("feature", n, outer.names)) for n in inner.names]
+    x = obs[:, :outer.window * N * len(outer.names)].reshape(B, outer.window, N, len(outer.names))
+    x = rescaled(inner.scaler, np.ascontiguousarray(x[:, outer.window - inner.window:][..., cols]))
+    parts = account_parts(outer, N)
+    return np.concatenate([x.reshape(B, -1), *(obs[:, parts[known("account field", a, outer.account)]] for a in inner.account)], axis=1)
+
+# %% ../../nbs/policies/00_base.ipynb #a798f7fa
+def outcome_rows(bars: Bars, horizon: int = 1) -> np.ndarray: # (T,) int64
+    "The last row that a label of `horizon` bars uses; never beyond the gap-free run it begins in."
+    ends = np.minimum(np.arange(len(bars)) + horizon, len(bars) - 1)
+    for a, b in segments(bars): ends[a:b] = np.minimum(ends[a:b], b - 1)
+    return ends
+
+# %% ../../nbs/policies/00_base.ipynb #d2eb20e1
+def declared(task: Task, # Any
+             fits: Sequence[Fit], # What will be evaluated on it
+            ) -> Task: # The same market; labels and look-back as long as the longest of the fits'
+    "Widen what the task declares to what its fits use, so that a splitter purges enough."
+    horizon = max((getattr(f, "horizon", 1) for f in fits), default=1)
+    window = max(((f.fit(task).spec.window if isinstance(f, Baseline) else getattr(f, "window", 1)) for f in fits), default=1)
+    return dataclasses.replace(task, label_end=np.maximum(task.label_end, outcome_rows(task.bars, horizon)),
+                               lookback=max(task.lookback, task.features.warmup + window - 1))
+
+# %% ../../nbs/policies/00_base.ipynb #3d3aa4fc
+def outcomes(bars: Bars, horizon: int = 1) -> np.ndarray: # (T,N) float64
+    "Log return from the fill after each row to the close `horizon` bars later; NaN where a bar in between is missing."
+    if horizon < 1: raise ConfigError(f"horizon is {horizon}, expected at least 1 bar.")
+    out, n = np.full(bars.close.shape, np.nan), len(bars) - horizon
+    if n <= 0: return out
+    gone = np.cumsum(~bars.ok, axis=0)
+    whole = bars.ok[:n] & (gone[horizon:] == gone[:n])
+    with np.errstate(invalid="ignore"): out[:n] = np.where(whole, np.log(bars.close[horizon:] / bars.open[1:n + 1]), np.nan)
+    return out
+
 # %% ../../nbs/policies/00_base.ipynb #631d0aa3
 def encode(x: Any, arrays: dict[str, np.ndarray]) -> Any:
     "JSON for `x`; arrays go into `arrays` and are referred to by name."
@@ -513,3 +582,50 @@ def read_about(folder: str | Path) -> dict[str, Any]:
     "What was noted when a policy was saved, with its digest and the versions it was made with."
     body = _read_json(Path(folder))
     return {"about": decode(body["about"], {}), **{k: body[k] for k in ("digest", "versions", "code")}}
+
+# %% ../../nbs/policies/00_base.ipynb #48963a4e
+def task_digest(task: Task) -> str:
+    "SHA-256 of everything a fit may read."
+    return digest(*(getattr(task, f.name) for f in dataclasses.fields(Task)))
+
+# %% ../../nbs/policies/00_base.ipynb #e094ad7a
+def origin(fit: Fit, # What made the policy
+           task: Task, # On which market
+           train: Sequence[tuple[int, int]], # From which rows
+           seed: int, # With which seed
+          ) -> dict[str, Any]: # For `save(policy, folder, about)`
+    "How a policy came to be."
+    b, rows = task.bars, tuple((int(i), int(j)) for i, j in train)
+    span = [str(b.time[rows[0][0]]), str(b.time[rows[-1][1] - 1])] if rows else []
+    return {"fit": fit.name, "config": fit.config(), "seed": int(seed), "train": rows, "span": span, "symbols": b.symbols,
+            "step": step_name(b.step), "market": b.market, "features": task.features.names, "limits": task.limits, "costs": task.costs,
+            "lots": task.lots, "data": bars_digest(b), "task": task_digest(task)}
+
+# %% ../../nbs/policies/00_base.ipynb #b7213ac9
+@dataclass(frozen=True)
+class Remembered:
+    "A fit that keeps what it has finished in a folder, and finds it there again."
+    made_by: Fit # The work
+    folder: str # Where finished policies are kept
+    tensorboard: str | None = None # Folder for TensorBoard files, for fits that write them
+
+    @property
+    def name(self) -> str: return self.made_by.name
+    @property
+    def stochastic(self) -> bool: return self.made_by.stochastic
+    @property
+    def horizon(self) -> int: return getattr(self.made_by, "horizon", 1)
+    @property
+    def window(self) -> int: return getattr(self.made_by, "window", 1)
+
+    def config(self) -> dict[str, Any]: return self.made_by.config()
+
+    def fit(self, task: Task, train: Sequence[tuple[int, int]], seed: int = 0, progress: Callable[[Progress], None] | None = None) -> Policy:
+        rows = [[int(a), int(b)] for a, b in train]
+        place = Path(self.folder) / digest(self.config(), rows, int(seed), task_digest(task), stratfam.source_digest())[:24]
+        if (place / "policy.json").is_file(): return load(place)
+        takes = inspect.signature(self.made_by.fit).parameters
+        extra = {k: v for k, v in (("checkpoint", str(place)), ("tensorboard", self.tensorboard)) if v and k in takes}
+        policy = self.made_by.fit(task, train, seed, progress, **extra)
+        save(policy, place, origin(self.made_by, task, train, seed))
+        return policy

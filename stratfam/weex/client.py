@@ -9,11 +9,11 @@ __all__ = ['CONTRACT_V3', 'SIM', 'DEMO', 'SPOT_V3', 'CONTRACT_V2', 'HOSTS', 'TAB
            'sync_clock', 'wire_symbol', 'our_symbol', 'symbols', 'api_symbols', 'ticker', 'best', 'depth', 'kline_page',
            'funding_page', 'funding_now', 'balance', 'positions', 'may_trade', 'fee_rates', 'OrderRequest', 'place',
            'cancel', 'cancel_many', 'cancel_all', 'close_positions', 'settings', 'set_leverage', 'set_margin_mode',
-           'order', 'open_orders', 'order_history', 'fills', 'bills', 'open_triggers', 'cancel_trigger',
-           'cancel_triggers', 'place_tpsl', 'modify_tpsl', 'find_order', 'upload_ai_log', 'adjust_margin',
-           'Credentials', 'load_credentials', 'NotSent', 'Ambiguous', 'Malformed', 'Throttled', 'WeexError', 'Outcome',
-           'ACK', 'REFUSED', 'UNKNOWN', 'RequestsTransport', 'WireLog', 'Order', 'Fill', 'Position', 'Balance',
-           'SymbolInfo', 'Ticker', 'Depth', 'Kline', 'Funding', 'Receipt']
+           'order', 'open_orders', 'order_history', 'fills', 'bills', 'open_triggers', 'trigger_history',
+           'cancel_trigger', 'cancel_triggers', 'place_tpsl', 'modify_tpsl', 'find_order', 'upload_ai_log',
+           'adjust_margin', 'Credentials', 'load_credentials', 'NotSent', 'Ambiguous', 'Malformed', 'Throttled',
+           'WeexError', 'Outcome', 'ACK', 'REFUSED', 'UNKNOWN', 'RequestsTransport', 'WireLog', 'Order', 'Fill',
+           'Position', 'Balance', 'SymbolInfo', 'Ticker', 'Depth', 'Kline', 'Funding', 'Receipt']
 
 # %% ../../nbs/weex/02_client.ipynb #c93b55c6
 import dataclasses
@@ -329,7 +329,8 @@ def read(self: WeexAPIClient, name: str, # Any public or read endpoint of the ta
          **query: Any, # Its parameters, as WEEX spells them
         ) -> Any: # Decoded JSON
     "Any documented read by name, undressed: for what has no method of its own."
-    return self._read(name, lambda raw: raw, query)
+    where = {"body" if self.endpoint(name).method == "POST" else "query": query}
+    return self._read(name, lambda raw: raw, **where)
 
 # %% ../../nbs/weex/02_client.ipynb #2bbb86b2
 def probe(self: WeexAPIClient, path: str, # A public market path of any dialect
@@ -744,7 +745,7 @@ def _pages(self: WeexAPIClient, name: str, parse: Callable[[Row], Any], key: Cal
 def _windows(self: WeexAPIClient, name: str, parse: Callable[[Row], Any], key: Callable[[Any], str], query: Mapping,
              start_ms: int, end_ms: int, limit: int = 100) -> list[Any]: # Without duplicates
     "All rows between two times (inclusive), by halving windows that come back full."
-    got = self._read(name, lambda raw: [parse(r) for r in rows(raw, name, "list", "items")],
+    got = self._read(name, lambda raw: [parse(r) for r in rows(raw, name, "list", "items", "orders")],
                      {**query, "startTime": start_ms, "endTime": end_ms, "limit": limit})
     if len(got) < limit: return list({key(x): x for x in got}.values())
     if end_ms <= start_ms: raise Malformed(f"{name}: more than {limit} rows in one millisecond.")
@@ -825,6 +826,15 @@ def open_triggers(self: WeexAPIClient, symbol: str | None = None) -> list[Order]
     return self._pages("open_triggers", parse, key, {"symbol": self.wire_symbol(symbol)}, 100, first=1)
 
 
+def trigger_history(self: WeexAPIClient, start_ms: int, end_ms: int, symbol: str | None = None) -> list[Order]:
+    "Conditional orders made between two times (inclusive, at most 90 days apart) that have fired or were cancelled."
+    if not 0 <= end_ms - start_ms <= 90 * DAY_MS: raise ConfigError("Trigger history: at most 90 days, and the end not before the start.")
+    limit, query = (100, {"pageSize": 100}) if self.dialect == "v2" else (1000, {})
+    found = self._windows("trigger_history", lambda r: order_from(r, self.our_symbol), lambda o: o.order_id,
+                          {"symbol": self.wire_symbol(symbol)} | query, start_ms, end_ms, limit)
+    return [o for o in found if symbol in (None, o.symbol) and start_ms <= o.created_ms <= end_ms]
+
+# %% ../../nbs/weex/02_client.ipynb #d4886c96
 def cancel_trigger(self: WeexAPIClient, order_id: str, urgent: bool = True) -> Outcome: # ACK with a `Receipt`
     "Cancel one conditional order by the venue's id."
     _which(order_id, None)
@@ -866,7 +876,7 @@ def modify_tpsl(self: WeexAPIClient, order_id: str, # Of the take-profit or stop
 
 
 WeexAPIClient.open_triggers, WeexAPIClient.place_tpsl, WeexAPIClient.modify_tpsl = open_triggers, place_tpsl, modify_tpsl
-WeexAPIClient.cancel_trigger, WeexAPIClient.cancel_triggers = cancel_trigger, cancel_triggers
+WeexAPIClient.cancel_trigger, WeexAPIClient.cancel_triggers, WeexAPIClient.trigger_history = cancel_trigger, cancel_triggers, trigger_history
 
 # %% ../../nbs/weex/02_client.ipynb #7f424f06
 def find_order(self: WeexAPIClient, client_id: str, # The id we sent
@@ -877,7 +887,9 @@ def find_order(self: WeexAPIClient, client_id: str, # The id we sent
     if self.market == "spot":
         try: return self.order(client_id=client_id)
         except OrderNotFound: return None
-    lists = [lambda: self.open_orders(symbol), lambda: self.order_history(since_ms, self.now_ms() + 1000, symbol), lambda: self.open_triggers(symbol)]
+    end_ms = self.now_ms() + 1000
+    lists = [lambda: self.open_orders(symbol), lambda: self.order_history(since_ms, end_ms, symbol),
+             lambda: self.open_triggers(symbol), lambda: self.trigger_history(since_ms, end_ms, symbol)]
     for look in lists[1:2] if self.demo else lists:
         hit = next((o for o in look() if o.client_id == client_id), None)
         if hit is not None: return hit

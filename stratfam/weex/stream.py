@@ -14,7 +14,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Literal, Protocol
@@ -387,8 +387,9 @@ def _serve(self: Stream) -> str: # Why it ended
         self.connections += 1
         self._handle(wire, self.core.opened(now()))
         while not self.stopping.is_set():
-            try: self._handle(wire, self.core.feed(wire.recv(timeout=1.0), now()))
-            except TimeoutError: pass
+            frame = None
+            with suppress(TimeoutError): frame = wire.recv(timeout=1.0)
+            if frame is not None: self._handle(wire, self.core.feed(frame, now()))
             if reason := self.core.trouble(now()): return reason
         return "stopped"
 
