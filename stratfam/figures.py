@@ -7,7 +7,9 @@ __all__ = ['INK', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'GOLD', 'LI
            'evidence', 'RunData', 'sample_run', 'Html', 'block', 'draw', 'absent', 'thin', 'level_of', 'drawdown',
            'policy_label', 'events_at', 'equity_figure', 'paths_figure', 'pbo_figure', 'selection_figure', 'dsr_figure',
            'seeds_figure', 'break_even', 'stress_figure', 'monthly', 'months_figure', 'rolling_figure',
-           'returns_figure', 'pnl_parts', 'pnl_figure', 'gate_figure', 'results_picture']
+           'returns_figure', 'pnl_parts', 'pnl_figure', 'gate_figure', 'turnover_figure', 'liquidation_distance',
+           'positions_figure', 'regimes_figure', 'calibration', 'reliability_figure', 'learning_figure',
+           'basis_between', 'draw_basis', 'basis_figure', 'orders_figure', 'coverage_figure', 'results_picture']
 
 # %% ../nbs/figures.ipynb #3ed46acf
 import html
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .core import ACCEPT, REJECT, Backtest, ConfigError, Test, Trials, Verdict, as_step, bars_per_year, digest, known
+from .core import ACCEPT, REJECT, Backtest, Bars, ConfigError, Test, Trials, Verdict, as_step, bars_per_year, digest, known
 from .validation.pbo import Overfitting
 from .validation.statistics import dsr, metrics, moments
 
@@ -47,6 +49,12 @@ class WorldReport:
     dsr: pd.DataFrame | None = None # trials, dsr: deflated Sharpe if that many trials had been made
     seeds: pd.DataFrame | None = None # policy, seed, sharpe
     stress: pd.DataFrame | None = None # factor, sharpe: annual Sharpe at that many times the costs
+    maintenance: float | None = None # Maintenance margin rate of a perpetual; None = spot, nothing can be liquidated
+    regimes: pd.DataFrame | None = None # Index time; regime (label known at that close), route (the policy in charge)
+    confidence: pd.DataFrame | None = None # stated in [0, 1], right: one row a decision, out of fold
+    learning: pd.DataFrame | None = None # seed, step, name, value: what a learner reported
+    basis: pd.DataFrame | None = None # Index time, one column a symbol: trading venue over data venue - 1, basis points
+    orders: pd.DataFrame | None = None # time, symbol, side, qty, price, status, shortfall_bps: one row an order sent
 
     def __post_init__(self):
         object.__setattr__(self, "step", as_step(self.step)); object.__setattr__(self, "baselines", tuple(self.baselines))
@@ -119,6 +127,22 @@ def _sample_backtest(rng: np.random.Generator, T: int, drift: float, turnover: f
                     weight, trades, held, events)
 
 # %% ../nbs/figures.ipynb #deab7d7f
+def _sample_extras(rng: np.random.Generator, index: pd.DatetimeIndex) -> dict[str, Any]:
+    "What only some runs have: leverage, regimes, confidence, learning, a second venue, orders."
+    T, said = len(index), rng.uniform(0.5, 1.0, 600)
+    regime = np.where(np.arange(T) // max(1, T // 7) % 2, "wild", "calm")
+    steps = np.tile(np.arange(0, 20_001, 500), 5)
+    learning = pd.DataFrame({"seed": np.repeat(range(5), 41), "step": steps, "name": "episode return",
+                             "value": 1 - np.exp(-steps / 6000) + rng.normal(0, 0.05, 205)})
+    basis = pd.DataFrame(rng.normal(1.0, 3.0, (T, 2)), index, ["AAA", "BBB"])
+    rows = np.sort(rng.choice(T, 40, replace=False))
+    orders = pd.DataFrame({"time": index[rows], "symbol": "AAA", "side": rng.choice(["buy", "sell"], 40), "qty": 1.0, "price": 100.0,
+                           "status": rng.choice(["filled", "filled", "filled", "cancelled", "refused"], 40), "shortfall_bps": rng.normal(2, 4, 40)})
+    orders.loc[orders["status"] != "filled", "shortfall_bps"] = np.nan
+    return {"maintenance": 0.005, "regimes": pd.DataFrame({"regime": regime, "route": np.where(regime == "wild", "cash", "ppo")}, index),
+            "confidence": pd.DataFrame({"stated": said, "right": rng.random(600) < said}), "learning": learning, "basis": basis, "orders": orders}
+
+# %% ../nbs/figures.ipynb #36a47284
 def _sample_verdict(decision: str) -> Verdict:
     "A verdict about nothing."
     ok = decision == ACCEPT
@@ -145,7 +169,7 @@ def _sample_world(seed: int, title: str, drift: float, decision: str, T: int) ->
         selection=pd.DataFrame({"in_sample": rng.normal(1.5, 0.5, 70), "out_of_sample": rng.normal(0.4, 0.8, 70)}),
         dsr=pd.DataFrame({"trials": tried, "dsr": np.exp(-tried / 300)}),
         seeds=pd.DataFrame({"policy": "ppo", "seed": range(5), "sharpe": rng.normal(0.7, 0.4, 5)}),
-        stress=pd.DataFrame({"factor": [0.0, 1.0, 2.0, 3.0], "sharpe": [1.2, 0.7, 0.1, -0.5]}))
+        stress=pd.DataFrame({"factor": [0.0, 1.0, 2.0, 3.0], "sharpe": [1.2, 0.7, 0.1, -0.5]}), **_sample_extras(rng, index))
 
 # %% ../nbs/figures.ipynb #cc6517c2
 def sample_run(seed: int = 0, # Any
@@ -517,6 +541,208 @@ def gate_figure(w: WorldReport) -> Html:
         _finish(ax, "bars of one symbol on which a wish was changed")
     return draw(paint, title, f"What stood between the wishes of {w.pick} and its positions. Many cuts by one limit mean that "
                 f"the limit, not the policy, is being backtested.{note}", size=(8, 0.9 + 0.32 * len(bars)))
+
+# %% ../nbs/figures.ipynb #2ca5bd98
+def turnover_figure(w: WorldReport) -> Html:
+    "Traded notional as it adds up, and what it has cost."
+    b = w.backtests[w.pick]
+    title, total, year = f"Turnover: {w.title}", float(b.turnover.sum()), bars_per_year(b.step)
+    if total == 0.0: return absent(title, f"{w.pick} never traded.")
+    before = np.concatenate([[b.capital], b.equity[:-1]])
+    cost = 100 * np.cumsum(np.divide(b.fee + b.slippage, before, out=np.zeros(len(b)), where=before > 0))
+    def paint(top, low):
+        _trace(top, b.time, np.cumsum(b.turnover), color=BLUE); _finish(top, y="times equity")
+        _trace(low, b.time, cost, color=ORANGE, ls="--"); _finish(low, y="cost so far, %"); _dates(low)
+    return draw(paint, title, f"{total * year / len(b):,.0f} times its equity a year, at a cost of {cost[-1] * year / len(b):.1f} % of it a year. "
+                "Steps mean that it trades in bursts; a straight line, that it trades whatever happens.", rows=2, size=(8, 3.6), sharex=True)
+
+# %% ../nbs/figures.ipynb #31ddb5dc
+def liquidation_distance(b: Backtest, # The account
+                         maintenance: float, # Maintenance margin rate
+                        ) -> np.ndarray: # (T,) adverse move of all symbols at once; NaN while flat
+    "How far the market may move against the whole account before it is liquidated."
+    gross = np.abs(b.weight).sum(axis=1)
+    with np.errstate(divide="ignore"): room = 1.0 / gross - maintenance
+    return np.where(gross > 0, np.maximum(room, 0.0), np.nan)
+
+# %% ../nbs/figures.ipynb #489413e1
+def _largest(b: Backtest, n: int = 5) -> dict[str, np.ndarray]:
+    "Weights of the n symbols held most, and the sum of the others."
+    order = np.argsort(-np.abs(b.weight).mean(axis=0), kind="stable")
+    rest = {"all others": b.weight[:, order[n:]].sum(axis=1)} if len(order) > n else {}
+    return {b.symbols[k]: b.weight[:, k] for k in order[:n]} | rest
+
+
+def positions_figure(w: WorldReport) -> Html:
+    "Weights by symbol, gross leverage and, for perpetuals, the distance to liquidation."
+    b, title = w.backtests[w.pick], f"Positions: {w.title}"
+    gross = np.abs(b.weight).sum(axis=1)
+    if not gross.any(): return absent(title, f"{w.pick} never held anything.")
+    room = None if w.maintenance is None else 100 * liquidation_distance(b, w.maintenance)
+    says = (" Spot: nothing is borrowed, so nothing can be liquidated." if room is None else
+            f" The nearest it came to liquidation: {np.nanmin(room):.0f} % against every position at once.")
+    def paint(top, middle, *low):
+        for (name, x), (colour, dash) in zip(_largest(b).items(), ((BLUE, "-"), *LINES)):
+            _trace(top, b.time, 100 * x, 500, color=colour, ls=dash, label=name, lw=1.1)
+        _trace(middle, b.time, gross, 500, color=BLUE); _finish(top, y="weight, %", zero="y", legend=6); _finish(middle, y="leverage")
+        middle.set_ylim(bottom=0)
+        for ax in low:
+            _trace(ax, b.time, np.nan_to_num(np.minimum(room, 100), nan=100), 500, color=RED)
+            ax.set_ylim(0, 105); _finish(ax, y="to liquidation, %")
+        _dates((top, middle, *low)[-1])
+    return draw(paint, title, f"Leverage is gross notional over equity: {gross.mean():.2f} on average, at most {gross.max():.2f}, and flat on "
+                f"{100 * np.mean(gross == 0):.0f} % of the bars.{says}", rows=2 if room is None else 3, size=(8, 3.6 if room is None else 4.8),
+                sharex=True)
+
+# %% ../nbs/figures.ipynb #a1828a98
+def _strip(ax, time: np.ndarray, labels: pd.Series, colours: Mapping[str, str]) -> None:
+    "A band of colours, one label a bar, thinned to what a screen can show."
+    from matplotlib.colors import to_rgb
+    from matplotlib.dates import date2num
+    rows = np.linspace(0, len(labels) - 1, min(len(labels), 800)).astype(int)
+    pixels = np.array([to_rgb(colours[x]) for x in labels.astype(str).to_numpy()[rows]])[None]
+    ax.imshow(pixels, aspect="auto", extent=[*date2num(time[[0, -1]]), 0, 1], interpolation="nearest")
+    ax.set_yticks([]); ax.grid(visible=False)
+
+
+def _shades(labels: pd.Series) -> dict[str, str]:
+    "A colour for each label, in order of first appearance."
+    wheel = [BLUE, ORANGE, GREEN, PURPLE, SKY, GOLD, RED]
+    return {x: wheel[i % len(wheel)] for i, x in enumerate(dict.fromkeys(labels.astype(str)))}
+
+
+def regimes_figure(w: WorldReport) -> Html:
+    "Equity over bands of the regime and of the policy in charge."
+    title, r = f"Regimes and routing: {w.title}", w.regimes
+    if r is None or r.empty: return absent(title, "The judged policy knows no regimes.")
+    kinds, b = [k for k in ("regime", "route") if k in r], w.backtests[w.pick]
+    time = pd.DatetimeIndex(r.index).to_numpy("datetime64[ns]")
+    def paint(top, *strips):
+        from matplotlib.patches import Patch
+        _trace(top, b.time, level_of(b), color=BLUE, lw=1.6); _multiples(top); _finish(top, y="equity / start")
+        for ax, kind in zip(strips, kinds):
+            colours, share = _shades(r[kind]), r[kind].astype(str).value_counts(normalize=True)
+            _strip(ax, time, r[kind], colours)
+            ax.set_ylabel(kind, rotation=0, ha="right", va="center")
+            ax.legend(handles=[Patch(color=c, label=f"{x} {100 * share[x]:.0f} %") for x, c in colours.items()], ncols=6, loc="lower left",
+                      bbox_to_anchor=(0, 1), borderaxespad=0.2)
+        _dates(strips[-1])
+    changes = int((r[kinds[-1]].astype(str) != r[kinds[-1]].astype(str).shift()).sum() - 1)
+    return draw(paint, title, f"The {kinds[-1]} changed {changes} times. Each bar shows what was known at its close. Bands thinner than a few days "
+                "mean that the filter cannot make up its mind, and each change is a trade.", rows=1 + len(kinds), size=(8, 3.2 + 0.8 * len(kinds)),
+                sharex=True, height_ratios=[4] + [0.7] * len(kinds))
+
+# %% ../nbs/figures.ipynb #27714fcb
+def calibration(confidence: pd.DataFrame, # stated in [0, 1], right (bool): one row a decision, out of fold
+                bins: int = 10, # At most; each holds the same number of decisions
+               ) -> pd.DataFrame: # stated, right, error (one standard error), n; one row a bin
+    "How often decisions were right, by how sure they were."
+    c = confidence.astype("f8")
+    group = pd.qcut(c["stated"].rank(method="first"), min(bins, max(1, len(c) // 20)), labels=False)
+    t = c.groupby(group).agg(stated=("stated", "mean"), right=("right", "mean"), n=("right", "size")).reset_index(drop=True)
+    return t.assign(error=np.sqrt(np.maximum(t["right"] * (1 - t["right"]), 0.25 / t["n"]) / t["n"]))
+
+# %% ../nbs/figures.ipynb #f8ed3053
+def reliability_figure(w: WorldReport) -> Html:
+    "Stated confidence against how often it was right."
+    title = f"Can its confidence be believed: {w.title}"
+    if w.confidence is None or len(w.confidence) < 40:
+        return absent(title, "The judged policy states no confidence, or too few decisions were scored.")
+    t = calibration(w.confidence)
+    gap = float((t["n"] * (t["right"] - t["stated"]).abs()).sum() / t["n"].sum())
+    def paint(ax):
+        ax.plot([0, 1], [0, 1], color=INK, lw=1, ls=":", label="as honest as it says")
+        ax.errorbar(t["stated"], t["right"], 2 * t["error"], color=BLUE, marker="o", ls="", capsize=3, label="measured, two standard errors")
+        ax.set_xlim(max(0, t["stated"].min() - 0.05), 1.02); ax.set_ylim(max(0, (t["right"] - 2 * t["error"]).min() - 0.05), 1.05)
+        _finish(ax, "stated confidence", "share that was right", legend=2)
+    side = "more sure than right" if (t["n"] * (t["stated"] - t["right"])).sum() > 0 else "less sure than right"
+    return draw(paint, title, f"{len(w.confidence):,} decisions out of fold; mean distance from the diagonal {gap:.2f}, on the whole {side}. "
+                "Below the diagonal the gate's minimum confidence lets too much through.", size=(8, 3.2))
+
+# %% ../nbs/figures.ipynb #5b5daa24
+def learning_figure(w: WorldReport) -> Html:
+    "What the learner reported while it learned."
+    title, log = f"Learning: {w.title}", w.learning
+    if log is None or log.empty: return absent(title, "Nothing was trained in this run, or the learner reported nothing.")
+    names = list(dict.fromkeys(log["name"]))[:4]
+    def paint(*axes):
+        for ax, name in zip(axes, names):
+            part = log[log["name"] == name]
+            for _, one in part.groupby("seed"):
+                _trace(ax, one["step"].to_numpy(), one["value"].to_numpy("f8"), 300, color=BLUE, alpha=0.4, lw=1)
+            middle = part.groupby("step")["value"].median()
+            _trace(ax, middle.index, middle.to_numpy("f8"), 300, color=RED, lw=2); _finish(ax, y=name)
+        axes[-1].set_xlabel("environment steps")
+    return draw(paint, title, f"{log['seed'].nunique()} seeds, one thin line each, the thick one their median. Measured on training rows: a curve "
+                "that still rises wants more steps, one that falls again is learning the noise; neither says anything about other rows.",
+                rows=len(names), size=(8, 0.8 + 1.7 * len(names)), sharex=True)
+
+# %% ../nbs/figures.ipynb #51b61ae2
+def basis_between(data: Bars, # Where the prices come from
+                  venue: Bars, # Where orders would go
+                 ) -> pd.DataFrame: # Index time, one column a common symbol: venue / data - 1 in basis points, NaN where either is missing
+    "How far two venues' closes are apart, on the bars and symbols they share."
+    both = [s for s in data.symbols if s in venue.symbols]
+    times, i, j = np.intersect1d(data.time, venue.time, return_indices=True)
+    if not both or not len(times):
+        raise ConfigError(f"the two venues share {len(both)} symbols and {len(times)} bars: nothing can be compared; check symbols, step and dates.")
+    a, b = (x.close[rows][:, [x.symbols.index(s) for s in both]] for x, rows in ((data, i), (venue, j)))
+    return pd.DataFrame(1e4 * (b / a - 1.0), pd.DatetimeIndex(times, name="time"), both)
+
+
+def draw_basis(title: str, basis: pd.DataFrame | None) -> Html: # From `basis_between`
+    "The basis through time, its usual and its extreme size."
+    if basis is None or basis.empty: return absent(title, "Data and trading come from the same venue, or no second venue was recorded.")
+    time, b = pd.DatetimeIndex(basis.index).to_numpy("datetime64[ns]"), basis.astype("f8")
+    def paint(ax):
+        for name, (colour, dash) in zip(b.columns[:7], ((BLUE, "-"), *LINES)):
+            ok = b[name].notna().to_numpy()
+            if ok.any(): _trace(ax, time[ok], b[name].to_numpy()[ok], 500, color=colour, ls=dash, lw=1, label=str(name))
+        _dates(ax); _finish(ax, y="basis, basis points", zero="y", legend=5)
+    size = pd.Series(b.abs().to_numpy().ravel()).dropna()
+    return draw(paint, title, f"Trading venue over data venue, minus one. Half of the time within {size.median():.1f} basis points, once in a "
+                f"hundred beyond {size.quantile(0.99):.1f}. An edge per trade smaller than this was measured on other prices.", size=(8, 3.0))
+
+
+def basis_figure(w: WorldReport) -> Html:
+    "Price at the trading venue against the data venue."
+    return draw_basis(f"Two venues: {w.title}", w.basis)
+
+# %% ../nbs/figures.ipynb #57fea01d
+def orders_figure(w: WorldReport) -> Html:
+    "How orders ended, and how far from the decision's price they were filled."
+    title, o = f"Orders: {w.title}", w.orders
+    if o is None or o.empty: return absent(title, "This run sent no orders.")
+    ends = o["status"].value_counts().sort_values()
+    paid = o["shortfall_bps"].dropna().to_numpy("f8") if "shortfall_bps" in o else np.empty(0)
+    says = f" Filled {np.mean(paid):+.1f} basis points from the decision's price on average, the worst {paid.max():+.1f}." if len(paid) else ""
+    def paint(top, *low):
+        top.bar_label(top.barh(ends.index.astype(str), ends.to_numpy(), color=BLUE), padding=3, fontsize=9)
+        top.grid(axis="y", visible=False); _finish(top, "orders")
+        for ax in low: ax.hist(paid, 41, color=ORANGE); _finish(ax, "basis points paid against the decision's price", "fills", zero="x")
+    return draw(paint, title, f"{len(o):,} orders.{says} An order whose fate is unknown is settled by asking the venue, never by sending it again.",
+                rows=2 if len(paid) else 1, size=(8, 1.0 + 0.35 * len(ends) + (2.0 if len(paid) else 0)))
+
+# %% ../nbs/figures.ipynb #0a0140ef
+def coverage_figure(bars: Bars) -> Html:
+    "Which bars exist, and the prices in them."
+    symbols, T = list(bars.symbols), len(bars)
+    edges = np.unique(np.linspace(0, T, min(T, 400) + 1).astype(int))
+    share = np.add.reduceat(bars.ok.astype("f8"), edges[:-1], axis=0) / np.diff(edges)[:, None]
+    def paint(top, low):
+        from matplotlib.dates import date2num
+        extent = [*date2num(bars.time[[0, -1]]), len(symbols), 0]
+        top.imshow(share.T, aspect="auto", cmap="Blues", vmin=0, vmax=1.3, extent=extent, interpolation="nearest")
+        top.set_yticks(np.arange(len(symbols)) + 0.5, symbols); top.grid(visible=False)
+        for n, (colour, dash) in zip(range(min(len(symbols), 7)), ((BLUE, "-"), *LINES)):
+            rows, style = np.flatnonzero(bars.ok[:, n]), dict(color=colour, ls=dash, lw=1.2, label=symbols[n])
+            if len(rows): _trace(low, bars.time[rows], bars.close[rows, n] / bars.close[rows[0], n], 500, **style)
+        _multiples(low); _dates(low); _finish(low, y="close / first close", legend=5)
+    gaps = int((~bars.ok).sum())
+    return draw(paint, "Coverage and prices", f"{T:,} bars of {len(symbols)} symbols, {gaps:,} of them missing "
+                f"({100 * gaps / max(1, bars.ok.size):.2f} %). White is missing: nothing is filled in there, and no feature looks across it. "
+                "A jump without its neighbours is a data fault until proven otherwise.", rows=2, size=(8, 3.2 + 0.28 * len(symbols)), sharex=True,
+                height_ratios=[0.3 + 0.2 * len(symbols), 2])
 
 # %% ../nbs/figures.ipynb #41872d08
 def results_picture(w: WorldReport) -> bytes: # PNG

@@ -74,10 +74,13 @@ class Oracle:
     def price(self, ref, qty, volume, maker):
         if maker:
             return ref
-        s = self.costs.slippage_bps / 1e4
-        if self.costs.impact > 0:
-            s += self.costs.impact * (math.sqrt(min(1.0, abs(qty) / volume)) if volume > 0 else 1.0)
-        return ref * (1 + s) if qty > 0 else ref * (1 - s)
+        s = self.costs.slippage_bps / 1e4 + self.impact(qty, volume)
+        return ref * (1 + s) if qty > 0 else max(0.0, ref * (1 - s))
+
+    def impact(self, qty, volume):
+        if self.costs.impact == 0:
+            return 0.0
+        return self.costs.impact * (math.sqrt(min(1.0, abs(qty) / volume)) if volume > 0 else 1.0)
 
     def tighten(self, p, side, level):
         if finite(level) and (not finite(p.stop) or side * level > side * p.stop):
@@ -221,7 +224,10 @@ class Oracle:
                 self.fill(t, n, want - p.lots, o[n], p.cause, bars[n])
         more = {n: self.pending[n] - p.lots for n, p in enumerate(self.pos) if self.pending[n] != p.lots}
         if more:  # entries, scaled to the leverage that the opens allow
-            want = sum(abs(d) * self.lot[n] * o[n] for n, d in more.items()) * (1 + self.costs.taker + self.costs.slippage_bps / 1e4)
+            want = 0.0
+            for n, d in more.items():  # what buying all of it would cost; a short is reckoned alike
+                q, s = abs(d) * self.lot[n], self.costs.slippage_bps / 1e4
+                want += q * o[n] * (1 + s + self.impact(q, bars[n]["volume"])) * (1 + self.costs.taker)
             room = self.limits.position.max_leverage * max(self.worth(o), 0.0) - self.gross(o)
             f = 1.0 if want <= room else max(0.0, room / want)
             for n, d in more.items():
@@ -373,7 +379,7 @@ class Oracle:
                     mid = (lo + hi) / 2
                     lo, hi = (mid, hi) if risk(mid) <= cap else (lo, mid)
                 f = min(f, lo if risk(0.0) < cap else 0.0)
-        reserve = self.costs.taker + self.costs.slippage_bps / 1e4
+        reserve = (1 + self.costs.taker) * (1 + self.costs.slippage_bps / 1e4) - 1
         f = min(f, linear(B, inc_sum * (1 + reserve), lim.max_leverage))
         x, a = self.limits.exits, self.limits.account
         if self.perp and x.stop_loss is not None and a.liq_distance > 0:

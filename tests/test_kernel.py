@@ -7,6 +7,7 @@ from kernel_oracle import Oracle
 
 from stratfam.core import Bars, as_step
 from stratfam.market.account import CAUSES, Costs, logged, new_log, new_state, pack_market, run
+from stratfam.market.backtest import arena, decide_accounts, step_accounts
 from stratfam.risk.gate import STATES, no_inputs, pack_senses, work_space
 from stratfam.risk.limits import Lots, limits_from, pack_rules
 
@@ -72,31 +73,44 @@ def random_wishes(rng, T, N, perp):
 
 def case(seed):
     rng = np.random.default_rng(seed)
-    T, N, perp = int(rng.integers(4, 40)), int(rng.integers(1, 5)), bool(rng.random() < 0.5)
+    T, N, perp = int(rng.integers(4, 40)), int(rng.choice([1, 1, 2, 3, 4])), bool(rng.random() < 0.5)
     bars = market(rng, T, N, perp, float(rng.choice([0.5, 2.0, 6.0])), float(rng.choice([0.0, 0.1])))
     limits = random_limits(rng, perp, bars.symbols)
     costs = Costs(taker=float(rng.choice([0.0, 0.001])), maker=float(rng.choice([0.0, 0.0002])), slippage_bps=float(rng.choice([0.0, 5.0, 50.0])),
-                  impact=float(rng.choice([0.0, 0.01])) if not np.isnan(bars.volume).any() else 0.0, maintenance=0.02, liquidation_fee=0.001)
+                  impact=float(rng.choice([0.0, 0.01, 2.0])) if not np.isnan(bars.volume).any() else 0.0, maintenance=0.02, liquidation_fee=0.001)
     lots = Lots(step=float(rng.choice([0.001, 0.1])), min_qty=float(rng.choice([0.0, 0.2])), min_notional=float(rng.choice([0.0, 20.0])))
-    W, C = random_wishes(rng, T, N, perp)
+    (W, C), signals = random_wishes(rng, T, N, perp), bool(rng.random() < 0.6)
     if perp and rng.random() < 0.5:  # bold: near the margin, where liquidation and stops meet
         W = np.clip(W, -1.0, 1.0) * 20.0
         limits = limits_from(limits, max_leverage=20.0, max_weight=20.0, max_gross=None, max_corr_gross=None, max_turnover=None, max_drawdown=None,
                              daily_loss=None, liq_distance=0.0, target_vol=None, kelly=None, stop_loss=some(rng, float(rng.choice([0.02, 0.2]))))
-    return rng, bars, limits, costs, lots, W, C, random_inputs(rng, T, N), bool(rng.random() < 0.5)
+    if signals and rng.random() < 0.6: W[rng.random(W.shape) < 0.85] = np.nan  # long silences
+    return rng, bars, limits, costs, lots, W, C, random_inputs(rng, T, N), signals
 
 
-def run_kernel(bars, limits, costs, lots, W, C, given, signals, capital=1000.0):
+def run_kernel(bars, limits, costs, lots, W, C, given, signals, capital=1000.0, step=1):
+    "Series, lots held and targets at each close, fills, final state; `step` bars by one call of `run`, so that all or none can be watched."
     T, N = W.shape
     mkt, st_, log = pack_market(bars, costs), new_state(1, N, capital), new_log(20 * T * N)
     rules = pack_rules(limits, bars.symbols, lots, costs.reserve, bars.market, costs.maintenance)
     seen = pack_senses(no_inputs(N, **given), mkt.bars["mark"], mkt.bars["ok"])
     series, held, why = np.zeros((T, 6)), np.zeros((T, N), np.int64), np.zeros((T, N), np.int64)
     pending = []
-    for t in range(T):  # one bar at a time, so that every step can be compared
-        run(*mkt, rules.sym, rules.lim, *st_, 0, t, t + 1, *seen, W, C, signals, work_space(N), log, series, held, why)
+    for t in range(0, T, step):
+        run(*mkt, rules.sym, rules.lim, *st_, 0, t, min(t + step, T), *seen, W, C, signals, work_space(N), log, series, held, why)
         pending.append(st_.slots["pending"][0].copy())
     return series, held, np.array(pending), logged(log), st_
+
+
+def run_bars(bars, limits, costs, lots, W, C, given, signals, capital=1000.0):
+    "The final state when each bar is played and decided by the functions of the environment, which know no shortcut."
+    a = arena(bars, limits, costs, lots, capital, no_inputs(W.shape[1], **given))
+    st_, log, alive = new_state(1, W.shape[1], capital), new_log(0), np.ones(1, bool)
+    for t in range(len(W)):
+        step_accounts(*a.market, a.rules.sym, a.rules.lim, *st_, np.array([t]), alive, log)
+        decide_accounts(a.market.day, a.rules.sym, a.rules.lim, *st_, np.array([t]), alive, *a.senses, W[t:t + 1], C[t:t + 1], signals,
+                        work_space(W.shape[1]))
+    return st_
 
 
 def run_oracle(bars, limits, costs, lots, W, C, given, signals, capital=1000.0):
@@ -119,11 +133,22 @@ def run_oracle(bars, limits, costs, lots, W, C, given, signals, capital=1000.0):
     return np.array(rows), np.array(held), np.array(pending), o
 
 
+def series_cash(series, held, args):
+    "The least cash at any close."
+    bars, lots = args[0], args[3]
+    return float((series[:, 0] - (held * lots.step * np.nan_to_num(pack_market(bars).bars["mark"])).sum(1)).min())
+
+
 def compare(seed):
     _, *args = case(seed)
     series, held, pending, fills, st_ = run_kernel(*args)
     rows, held2, pending2, o = run_oracle(*args)
     where = f"seed {seed}"
+    whole, whole_held, _, whole_fills, whole_state = run_kernel(*args, step=len(args[0]))
+    assert np.array_equal(whole, series) and np.array_equal(whole_held, held) and whole_fills.tobytes() == fills.tobytes(), where
+    for other in (whole_state, run_bars(*args)):
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(other, st_)), f"{where}: one call, many calls and single bars must agree to the bit"
+    if args[0].market == "spot": assert series_cash(series, held, args) >= -1e-9 * 1000.0, f"{where}: spot cash below zero"
     np.testing.assert_array_equal(held, held2, err_msg=where)
     np.testing.assert_array_equal(pending, pending2, err_msg=where)
     np.testing.assert_allclose(series[:, [0, 2, 3, 4]], rows, rtol=1e-9, atol=1e-9, err_msg=where)
@@ -147,3 +172,29 @@ def test_kernel_equals_oracle(seed):
 @given(st.integers(0, 2**48))
 def test_kernel_equals_oracle_many(seed):
     compare(seed)
+
+
+def silence(seed):
+    "One symbol, 300 bars, a signal now and then: what `glide` passes over, ended by every limit and protective exit."
+    rng = np.random.default_rng(seed)
+    perp = seed % 2 == 1
+    bars = market(rng, 300, 1, perp, float(rng.choice([0.3, 1.0])), 0.02)
+    rules = dict(max_drawdown=some(rng, 0.03), daily_loss=some(rng, 0.01), daily_loss_halts=bool(rng.random() < 0.2), trailing=some(rng, 0.03),
+                 stop_loss=some(rng, 0.02), take_profit=some(rng, 0.03), max_bars=some(rng, 20, 0.3), lock_bars=3)
+    lev = float(rng.choice([1.0, 5.0, 20.0])) if perp else 1.0
+    W = np.where(rng.random((300, 1)) < 0.04, rng.choice([lev, lev / 2, 0.0, -lev], (300, 1)), np.nan)
+    limits = limits_from(max_leverage=lev, max_weight=lev, liq_distance=0.0, **rules)
+    return bars, limits, Costs(maintenance=0.02), Lots(0.001), W, np.ones((300, 1)), {}, True
+
+
+def test_glide_equals_single_bars():
+    "Long silences in one call and bar by bar, through functions that know no shortcut: equal to the last bit."
+    states, causes = [], set()
+    for seed in range(120):
+        args = silence(seed)
+        _, _, _, fills, whole = run_kernel(*args, step=300)
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(whole, run_bars(*args))), f"seed {seed}"
+        states.append(STATES[whole.gate["state"][0]])
+        causes |= {CAUSES[c] for c in fills["cause"]}
+    assert min(states.count(s) for s in ("ACTIVE", "HALTED")) > 10
+    assert causes == {"LIQUIDATION", "STOP", "TARGET", "POLICY", "TIME_STOP", "LIMIT"}, "every end of a silence must occur"

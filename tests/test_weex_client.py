@@ -495,6 +495,7 @@ def test_a_file_that_others_may_read_is_refused(tmp_path):
     assert wire.load_credentials(f).sign(b"x") == wire.Credentials("k", "s", "p").sign(b"x")
     with pytest.raises(ConfigError, match="others could read|cannot be read"): wire.load_credentials(tmp_path)
     os.mkfifo(tmp_path / "pipe", 0o600)
+    with pytest.raises(ConfigError, match="others could read"): wire.load_credentials(tmp_path / "pipe")  # and does not wait for a writer
     for junk in ("key = ", "key = 7\nsecret = 's'\npassphrase='p'", "\xff"):
         f.write_text(junk, encoding="latin-1")
         f.chmod(0o600)

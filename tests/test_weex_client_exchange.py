@@ -155,7 +155,7 @@ def test_bars_funding_and_the_doctor():
     known = np.isfinite(table.funding)
     np.testing.assert_allclose(table.funding[known], bars("perp").funding[:n][known], strict=True)
     assert known[:, 0].sum() >= 24
-    assert [r.ok for r in doctor(c)] == [True] * 7
+    assert [r.ok for r in doctor(c)] == [True] * 8
 
 
 SWARM = {"v3": {}, "v2": {"dialect": "v2"}, "spot": {"market": "spot"}}

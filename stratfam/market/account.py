@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'BAR', 'ACCOUNT', 'POSITION', 'CAUSES', 'POLICY_ORDER', 'TIME_EXIT', 'LIMIT_EXIT', 'END_EXIT', 'FILL',
-           'SERIES', 'Costs', 'stress', 'Market', 'pack_market', 'State', 'new_state', 'new_log', 'logged',
+           'SERIES', 'Costs', 'stress', 'Market', 'pack_market', 'State', 'new_state', 'new_log', 'logged', 'impact',
            'fill_price', 'set_levels', 'end_trip', 'fill', 'adverse', 'at_open', 'stop_point', 'stop_ref',
-           'liquidation_point', 'liquidate', 'gap_exits', 'reductions', 'entries', 'bar_exits', 'mark_one', 'quiet_one',
-           'quiet', 'busy', 'advance', 'idle', 'decide', 'run', 'close_out']
+           'liquidation_point', 'liquidate', 'gap_exits', 'reductions', 'entries', 'bar_exits', 'mark_one', 'tally',
+           'reached', 'quiet', 'busy', 'advance', 'idle', 'decide', 'record', 'glide', 'run', 'close_out']
 
 # %% ../../nbs/market/00_account.ipynb #22c32cf1
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import pandas as pd
 from numba import njit
 
 from ..core import KERNEL, LIQUIDATION, NO_EXIT, STOP, TARGET, Bars, ConfigError, as_step, bar_exit, lots_in
-from ..risk.gate import ACTIVE, Reason, gate, gate_state, linear_room, measure, slot_state
+from ..risk.gate import ACTIVE, Reason, breached, gate, gate_state, linear_room, measure, slot_state
 from ..risk.limits import bounded, check_bounds
 
 # %% ../../nbs/market/00_account.ipynb #8fba1f51
@@ -36,7 +36,8 @@ class Costs:
     def __post_init__(self): check_bounds(self)
 
     @property
-    def reserve(self) -> float: return self.taker + self.slippage_bps / 1e4
+    def reserve(self) -> float: # Share of notional an entry costs above its reference price: the fee is paid on the slipped price
+        return (1.0 + self.taker) * (1.0 + self.slippage_bps / 1e4) - 1.0
 
 # %% ../../nbs/market/00_account.ipynb #98ba13dd
 def stress(costs: Costs, # The costs to multiply
@@ -123,12 +124,18 @@ def logged(log: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/market/00_account.ipynb #11bd8e7a
 @njit(**KERNEL)
+def impact(costs, qty, volume):
+    "Slippage that an order of `qty` adds in a bar of `volume`, as a fraction; the whole rate where nothing was traded."
+    if costs.impact == 0.0: return 0.0
+    return costs.impact * np.sqrt(min(1.0, abs(qty) / volume)) if volume > 0.0 else costs.impact
+
+# %% ../../nbs/market/00_account.ipynb #08c8ca0b
+@njit(**KERNEL)
 def fill_price(costs, ref, qty, volume, maker):
     "Price of a fill of signed `qty` at reference price `ref`: slippage and impact against us; none for a resting (maker) fill."
     if maker: return ref
-    slip = costs.slip
-    if costs.impact > 0.0: slip += costs.impact * np.sqrt(min(1.0, abs(qty) / volume)) if volume > 0.0 else costs.impact
-    return ref * (1.0 + slip) if qty > 0.0 else ref * (1.0 - slip)
+    slip = costs.slip + impact(costs, qty, volume)
+    return ref * (1.0 + slip) if qty > 0.0 else ref * max(0.0, 1.0 - slip)
 
 # %% ../../nbs/market/00_account.ipynb #2b9100c5
 @njit(**KERNEL)
@@ -307,14 +314,17 @@ def reductions(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
 @njit(**KERNEL)
 def entries(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Execute the increasing part of every order at the open, all scaled by one factor to what leverage allows there (R1)."
-    eq, gross, want = a.cash, 0.0, 0.0
+    eq, gross, want, extra = a.cash, 0.0, 0.0, 0.0
     for n in range(slots.shape[1]):
         s, o = slots[b, n], at_open(bars[t, n])
         x = s.lots * sym[n].lot * o if s.lots != 0 else 0.0
         eq += x
         gross += abs(x)
-        if s.pending != s.lots: want += abs(s.pending - s.lots) * sym[n].lot * o
-    f = linear_room(gross, want * (1.0 + lim.reserve), lim.max_leverage * max(eq, 0.0))
+        if s.pending == s.lots: continue
+        q = abs(s.pending - s.lots) * sym[n].lot
+        want += q * o
+        extra += q * o * impact(costs, q, bars[t, n].volume) * (1.0 + costs.taker)
+    f = linear_room(gross, want * (1.0 + lim.reserve) + extra, lim.max_leverage * max(eq, 0.0))
     for n in range(slots.shape[1]):
         s, o = slots[b, n], bars[t, n].open
         d = s.pending - s.lots
@@ -346,32 +356,36 @@ def bar_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
 
 # %% ../../nbs/market/00_account.ipynb #714adaf0
 @njit(**KERNEL, inline="always")
-def mark_one(costs, lim, a, p, x, lots, lot):
-    "Mark one position at the close: price move, trailing stop, funding. Returns its worth."
-    q = lots * lot
-    a.price_pnl += q * (x.mark - p.last)
-    p.last = x.mark
+def mark_one(costs, lim, x, q, last, best, stop):
+    "A position of signed quantity `q` at the close of bar `x`: its gain since `last`, the funding it pays, best price and stop."
+    pay = 0.0
     if x.ok != 0.0:
         if lim.trailing > 0.0:
-            side = 1.0 if lots > 0 else -1.0
-            best = x.high if lots > 0 else x.low
-            if side * (best - p.best) > 0.0: p.best = best
-            level = p.best * (1.0 - side * lim.trailing)
-            if not side * (p.stop - level) >= 0.0: p.stop = level
-        if costs.perp > 0.0:
-            pay = q * x.mark * x.funding if np.isfinite(x.funding) else abs(q) * x.mark * costs.funding
-            a.cash -= pay
-            a.funding += pay
-    return q * x.mark
+            side, reach = (1.0, x.high) if q > 0.0 else (-1.0, x.low)
+            if side * (reach - best) > 0.0: best = reach
+            level = best * (1.0 - side * lim.trailing)
+            if not side * (stop - level) >= 0.0: stop = level
+        if costs.perp > 0.0: pay = q * x.mark * x.funding if np.isfinite(x.funding) else abs(q) * x.mark * costs.funding
+    return q * (x.mark - last), pay, best, stop
+
+# %% ../../nbs/market/00_account.ipynb #745ebb14
+@njit(**KERNEL, inline="always")
+def tally(before, equity, top, deepest, total, squares):
+    "Highest equity, deepest drawdown, sum of returns and of their squares after a bar from `before` to `equity`."
+    if equity != before:
+        r = equity / before - 1.0 if before > 0.0 else 0.0
+        total += r
+        squares += r * r
+        if equity > top: top = equity
+        if top - equity > deepest * top: deepest = (top - equity) / top
+    return top, deepest, total, squares
 
 # %% ../../nbs/market/00_account.ipynb #cdb098eb
 @njit(**KERNEL, inline="always")
-def quiet_one(x, s, p):
-    "True when bar `x` can only move the mark of one slot: no order, no level inside the bar."
-    if s.lots != s.pending: return False
-    if s.lots > 0: return not (x.low <= p.stop or x.high > p.target)
-    if s.lots < 0: return not (x.high >= p.stop or x.low < p.target)
-    return True
+def reached(x, lots, stop, target):
+    "True when bar `x` touches the stop or trades through the target of a position; False for a missing bar or level."
+    if lots > 0: return x.low <= stop or x.high > target
+    return lots < 0 and (x.high >= stop or x.low < target)
 
 # %% ../../nbs/market/00_account.ipynb #9c1aca23
 @njit(**KERNEL, inline="always")
@@ -379,8 +393,8 @@ def quiet(bars, costs, sym, a, slots, pos, b, t):
     "True when bar t can only move marks of account b: nothing to fill, and the adverse extremes cannot liquidate it."
     eq, gross = a.cash, 0.0
     for n in range(slots.shape[1]):
-        s, x = slots[b, n], bars[t, n]
-        if not quiet_one(x, s, pos[b, n]): return False
+        s, p, x = slots[b, n], pos[b, n], bars[t, n]
+        if s.lots != s.pending or reached(x, s.lots, p.stop, p.target): return False
         if costs.perp > 0.0 and s.lots != 0:
             worth = s.lots * sym[n].lot * adverse(x, s.lots)
             eq += worth
@@ -415,14 +429,16 @@ def advance(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     a.turnover = 0.0
     if not quiet(bars, costs, sym, a, slots, pos, b, t): busy(bars, costs, sym, lim, a, g, slots, pos, b, t, log)
     for n in range(slots.shape[1]):
-        if slots[b, n].lots != 0: worth += mark_one(costs, lim, a, pos[b, n], bars[t, n], slots[b, n].lots, sym[n].lot)
+        if slots[b, n].lots == 0: continue
+        p, x, q = pos[b, n], bars[t, n], slots[b, n].lots * sym[n].lot
+        gain, pay, p.best, p.stop = mark_one(costs, lim, x, q, p.last, p.best, p.stop)
+        p.last = x.mark
+        a.price_pnl += gain
+        a.cash -= pay
+        a.funding += pay
+        worth += q * x.mark
     a.equity = a.cash + worth
-    if a.equity != before:
-        r = a.equity / before - 1.0 if before > 0.0 else 0.0
-        a.sum_ret += r
-        a.sum_ret2 += r * r
-        if a.equity > a.top: a.top = a.equity
-        if a.top - a.equity > a.max_drawdown * a.top: a.max_drawdown = (a.top - a.equity) / a.top
+    a.top, a.max_drawdown, a.sum_ret, a.sum_ret2 = tally(before, a.equity, a.top, a.max_drawdown, a.sum_ret, a.sum_ret2)
 
 # %% ../../nbs/market/00_account.ipynb #0de2eaff
 @njit(**KERNEL, inline="always")
@@ -451,17 +467,64 @@ def decide(day, sym, lim, a, g, slots, pos, b, t, sense, context, corr, on, k, W
 # %% ../../nbs/market/00_account.ipynb #4d67612a
 SERIES = ("equity", "price_pnl", "fee", "slippage", "funding", "turnover")
 
+@njit(**KERNEL, inline="always")
+def record(series, lots, why, t, slots, b, equity, gained, fee, slipped, paid, turnover):
+    "Write row t, unless no series are wanted."
+    if len(series) == 0: return
+    series[t, 0], series[t, 1], series[t, 2], series[t, 3], series[t, 4], series[t, 5] = equity, gained, fee, slipped, paid, turnover
+    for n in range(slots.shape[1]): lots[t, n], why[t, n] = slots[b, n].lots, slots[b, n].why
+
+# %% ../../nbs/market/00_account.ipynb #978cf662
+@njit(**KERNEL)
+def glide(bars, days, costs, y, lim, a, g, slots, pos, b, t, stop, W, series, lots, why):
+    "Pass over quiet bars from t on; account b has one symbol `y`. Returns the first bar that is not finished, and whether it is played."
+    s, p, played = slots[b, 0], pos[b, 0], False
+    if s.lots != s.pending or g.state != ACTIVE or g.kill != 0: return t, played
+    s.why, a.turnover = 0, 0.0
+    q, end = s.lots * y.lot, p.opened + lim.max_bars - 1.0
+    cash, equity, gained, paid, peak = a.cash, a.equity, a.price_pnl, a.funding, g.peak
+    top, deepest, total, squares = a.top, a.max_drawdown, a.sum_ret, a.sum_ret2
+    last, best, level, target, held = p.last, p.best, p.stop, p.target, s.lots
+    day, base, day_limit, limit, fee, slipped = g.day, g.day_base, lim.daily_loss, lim.max_drawdown, a.fee, a.slippage
+    over = breached(equity, peak, limit) or breached(equity, base, day_limit)
+    while t < stop:
+        if held != 0:
+            x, before = bars[t, 0], equity
+            if reached(x, held, level, target): break
+            worst = q * adverse(x, held)
+            if costs.perp > 0.0 and not cash + worst > costs.maintenance * abs(worst): break
+            gain, pay, best, level = mark_one(costs, lim, x, q, last, best, level)
+            last = x.mark
+            gained += gain
+            cash -= pay
+            paid += pay
+            equity = cash + q * last
+            top, deepest, total, squares = tally(before, equity, top, deepest, total, squares)
+            if equity > peak: peak = equity
+            over = t >= end or breached(equity, peak, limit) or breached(equity, base, day_limit)
+        played = over or days[t] > day or np.isfinite(W[t, 0])
+        if played: break
+        record(series, lots, why, t, slots, b, equity, gained, fee, slipped, paid, 0.0)
+        t += 1
+    a.cash, a.equity, a.price_pnl, a.funding, g.peak = cash, equity, gained, paid, peak
+    a.top, a.max_drawdown, a.sum_ret, a.sum_ret2 = top, deepest, total, squares
+    p.last, p.best, p.stop = last, best, level
+    return t, played
+
+# %% ../../nbs/market/00_account.ipynb #2f2d44fe
 @njit(**KERNEL, nogil=True)
 def run(bars, days, costs, sym, lims, acct, gates, slots, pos, b, start, stop, sense, context, corr, on, W, C, signals, work, log, series, lots, why):
     "Walk account b through bars [start, stop) with wishes W, C (T,N); rows go to series (T,6), lots and why (T,N) unless these are empty."
-    lim, a, g, c, o = lims[b if len(lims) > 1 else 0], acct[b], gates[b], costs[0], on[0]
-    for t in range(start, stop):
-        advance(bars, c, sym, lim, a, g, slots, pos, b, t, log)
+    lim, a, g, c, o, t = lims[b if len(lims) > 1 else 0], acct[b], gates[b], costs[0], on[0], start
+    while t < stop:
+        played = False
+        if signals and slots.shape[1] == 1:
+            t, played = glide(bars, days, c, sym[0], lim, a, g, slots, pos, b, t, stop, W, series, lots, why)
+            if t == stop: break
+        if not played: advance(bars, c, sym, lim, a, g, slots, pos, b, t, log)
         decide(days[t], sym, lim, a, g, slots, pos, b, t, sense, context, corr, o, t, W, C, t, signals, work)
-        if len(series) == 0: continue
-        series[t, 0], series[t, 1], series[t, 2] = a.equity, a.price_pnl, a.fee
-        series[t, 3], series[t, 4], series[t, 5] = a.slippage, a.funding, a.turnover
-        for n in range(slots.shape[1]): lots[t, n], why[t, n] = slots[b, n].lots, slots[b, n].why
+        record(series, lots, why, t, slots, b, a.equity, a.price_pnl, a.fee, a.slippage, a.funding, a.turnover)
+        t += 1
 
 # %% ../../nbs/market/00_account.ipynb #00633d18
 @njit(**KERNEL)

@@ -8,6 +8,7 @@ __all__ = ['HOLD', 'LONG', 'FLAT', 'SHORT', 'Arena', 'arena', 'trades_table', 'p
            'backtest_frame', 'cost_stress', 'annual_sharpe', 'break_even_cost', 'delayed']
 
 # %% ../../nbs/market/02_backtest.ipynb #c4c40f4f
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from numba import njit
 
 from ..core import (KERNEL, Backtest, Bars, DataError, Features, GateInputs, Policy, as_step, bars_from_close, bars_per_year,
                            clean_decision, hold)
-from .account import (CAUSES, Costs, Market, State, advance, close_out, decide, logged, new_log, new_state, pack_market, run,
+from .account import (CAUSES, SERIES, Costs, Market, State, advance, close_out, decide, logged, new_log, new_state, pack_market, run,
                                      stress)
 from .observe import gate_inputs, observe, ready, scaled
 from ..risk.gate import Senses, pack_senses, reasons, skipped, work_space
@@ -103,18 +104,20 @@ def gate_table(why: np.ndarray, # (T,N) int64 reason bits
                time: np.ndarray, # (T,)
                symbols: Sequence[str], # (N,)
                absent: Sequence[str] = (), # Checks that never run here
-              ) -> pd.DataFrame: # Columns time, symbol, reason, bars
-    "Runs of equal reasons: when each began and for how many bars it lasted; skipped checks first."
-    rows = [(time[0], "*", f"SKIPPED_{r}", len(time)) for r in absent] if len(time) else []
+               raised: Sequence[tuple[int, str]] = (), # Rows at which the policy raised, and what it said
+              ) -> pd.DataFrame: # Columns time, symbol, reason, bars, detail
+    "Runs of equal reasons: when each began and for how many bars it lasted; skipped checks and the policy's first exception come first."
+    rows = [(time[0], "*", f"SKIPPED_{r}", len(time), "") for r in absent] if len(time) else []
+    if raised: rows.append((time[raised[0][0]], "*", "POLICY_RAISED", len(raised), raised[0][1]))
     for n, s in enumerate(symbols):
         edge = np.flatnonzero(np.diff(why[:, n], prepend=0) != 0)
         for i, j in zip(edge, np.append(edge[1:], len(why))):
-            rows += [(time[i], s, r, int(j - i)) for r in reasons(why[i, n])]
-    return pd.DataFrame(rows, columns=["time", "symbol", "reason", "bars"])
+            rows += [(time[i], s, r, int(j - i), "") for r in reasons(why[i, n])]
+    return pd.DataFrame(rows, columns=["time", "symbol", "reason", "bars", "detail"])
 
 # %% ../../nbs/market/02_backtest.ipynb #3e7eb9e4
 def _result(a: Arena, start: int, stop: int, series: np.ndarray, lots: np.ndarray, why: np.ndarray, fills: np.ndarray,
-            insurance: float) -> Backtest:
+            insurance: float, raised: Sequence[tuple[int, str]] = ()) -> Backtest:
     "Series and tables of rows [start, stop) from the kernel's records."
     time, sym = a.bars.time[start:stop], a.bars.symbols
     step = lambda k: np.diff(series[:, k], prepend=0.0)
@@ -125,7 +128,7 @@ def _result(a: Arena, start: int, stop: int, series: np.ndarray, lots: np.ndarra
         weight = lots * a.rules.sym["lot"] * np.nan_to_num(a.market.bars["mark"][start:stop]) / np.where(equity > 0, equity, np.nan)[:, None]
     return Backtest(time, a.bars.step, sym, a.capital, equity.copy(), np.nan_to_num(equity / safe - 1.0), step(1), step(2), step(3), step(4),
                     np.nan_to_num(series[:, 5] / safe), np.nan_to_num(weight), trades_table(fills, a.bars.time, sym, a.rules.sym["lot"]),
-                    positions_table(lots, equity, a, start), gate_table(why, time, sym, a.skipped), insurance)
+                    positions_table(lots, equity, a, start), gate_table(why, time, sym, a.skipped, raised), insurance)
 
 # %% ../../nbs/market/02_backtest.ipynb #0b2cff8e
 def backtest_weights(weights: np.ndarray, # (T,N) target weights at each close; NaN = hold
@@ -192,12 +195,16 @@ class _Walk:
     series: list[np.ndarray]
     lots: list[np.ndarray]
     why: list[np.ndarray]
+    raised: list[list[tuple[int, str]]]
 
     def keep(self, st: State, b: int, i: int, decided: bool) -> None:
         a = st.acct[b]
         self.series[b][i] = (a["equity"], a["price_pnl"], a["fee"], a["slippage"], a["funding"], a["turnover"])
         self.lots[b][i] = st.slots["lots"][b]
         if decided: self.why[b][i] = st.slots["why"][b]
+
+    def blame(self, asked: np.ndarray, i: int, said: str) -> None:
+        for b in asked: self.raised[b].append((i, said))
 
 # %% ../../nbs/market/02_backtest.ipynb #3835c5ac
 def walk(policy: Policy, # Asked at every close where a full window exists
@@ -214,7 +221,7 @@ def walk(policy: Policy, # Asked at every close where a full window exists
     if (iv[:, 0] >= iv[:, 1]).any() or (iv < 0).any() or (iv > len(a.bars)).any():
         raise DataError(f"intervals {intervals} do not lie inside the {len(a.bars)} bars.")
     st, state, log = new_state(B, N, a.capital), policy.reset(B, seed), new_log(int((iv[:, 1] - iv[:, 0]).sum()) * N * 3 + 4 * B * N)
-    rec = _Walk(*([np.zeros((s - r, k), d) for r, s in iv] for k, d in ((6, "f8"), (N, np.int64), (N, np.int64))))
+    rec = _Walk(*([np.zeros((s - r, k), d) for r, s in iv] for k, d in ((6, "f8"), (N, np.int64), (N, np.int64))), [[] for _ in iv])
     fixed = (a.market.day, a.rules.sym, a.rules.lim, *st)
     work, obs, idle = work_space(N), np.zeros((B, policy.spec.size(N)), "f4"), hold(B, N)
     for i in range(int((iv[:, 1] - iv[:, 0]).max(initial=0))):
@@ -224,14 +231,15 @@ def walk(policy: Policy, # Asked at every close where a full window exists
         asked, waiting = alive & ~last & ask[t], alive & ~last & ~ask[t]
         if asked.any():
             seen = observe(policy.spec, x, a.market, a.rules, st, np.maximum(t, policy.spec.window - 1), obs)
-            wish, state, _, _ = act_safely(policy, seen, state, N)
+            wish, state, _, said = act_safely(policy, seen, state, N)
+            if said: rec.blame(np.flatnonzero(asked), i, said)
             decide_accounts(*fixed, t, asked, *a.senses, wish.weight, wish.confidence, False, work)
         if waiting.any(): decide_accounts(*fixed, t, waiting, *a.senses, idle.weight, idle.confidence, True, work)
         for b in np.flatnonzero(alive):
             if last[b]: close_out(a.market.bars, a.market.costs, a.rules.sym, a.rules.lim, *st, b, t[b], log)
             rec.keep(st, b, i, not last[b])
     fills = logged(log)
-    return [_result(a, *iv[b], rec.series[b], rec.lots[b], rec.why[b], fills[fills["b"] == b], float(st.acct["insurance"][b]))
+    return [_result(a, *iv[b], rec.series[b], rec.lots[b], rec.why[b], fills[fills["b"] == b], float(st.acct["insurance"][b]), rec.raised[b])
             for b in range(B)]
 
 # %% ../../nbs/market/02_backtest.ipynb #0c02ad7a
@@ -253,17 +261,15 @@ HOLD, LONG, FLAT, SHORT = 0, 1, 2, 3 # Signal codes: nothing new, go long, go fl
 
 @njit(**KERNEL, nogil=True)
 def run_codes(bars, days, costs, sym, lims, acct, gates, slots, pos, first, last, sense, context, corr, on, codes, size, wish, sure,
-              work, log):
-    "Walk accounts [first, last) of one symbol through all bars with codes (B,T); `wish`, `sure` (1,1), `work`: scratch."
-    sure[0, 0] = 1.0
+              work, log, series, lots, why):
+    "Walk accounts [first, last) of one symbol through all bars with codes (B,T); `wish` (T,1) and `work` are scratch, `sure` (T,1) ones."
+    T = codes.shape[1]
     for b in range(first, last):
-        lim, a, g = lims[b if len(lims) > 1 else 0], acct[b], gates[b]
-        for t in range(codes.shape[1]):
-            advance(bars, costs[0], sym, lim, a, g, slots, pos, b, t, log)
+        for t in range(T):
             code = codes[b, t]
-            wish[0, 0] = np.nan if code == 0 else (size if code == 1 else (0.0 if code == 2 else -size))
-            decide(days[t], sym, lim, a, g, slots, pos, b, t, sense, context, corr, on[0], t, wish, sure, 0, True, work)
-        close_out(bars, costs, sym, lims, acct, gates, slots, pos, b, codes.shape[1] - 1, log)
+            wish[t, 0] = np.nan if code == 0 else (size if code == 1 else (0.0 if code == 2 else -size))
+        run(bars, days, costs, sym, lims, acct, gates, slots, pos, b, 0, T, sense, context, corr, on, wish, sure, True, work, log, series, lots, why)
+        close_out(bars, costs, sym, lims, acct, gates, slots, pos, b, T - 1, log)
 
 # %% ../../nbs/market/02_backtest.ipynb #1dec0415
 def _totals(acct: np.ndarray, a: Arena, T: int) -> pd.DataFrame:
@@ -288,9 +294,10 @@ def sweep(codes: np.ndarray, # (B,T) int8 signal codes: HOLD, LONG, FLAT, SHORT,
     rules = a.rules if limits is None else pack_rules(limits, a.bars.symbols, a.lots, a.costs.reserve, a.bars.market, a.costs.maintenance)
     if len(rules.lim) not in (1, len(codes)): raise DataError(f"{len(rules.lim)} limits for {len(codes)} accounts.")
     st, cuts = new_state(len(codes), 1, a.capital), np.linspace(0, len(codes), max(1, threads) + 1).astype(int)
+    none = np.zeros((0, len(SERIES))), np.zeros((0, 1), np.int64), np.zeros((0, 1), np.int64)
     def part(i: int) -> None:
-        scratch = np.zeros((1, 1)), np.zeros((1, 1)), work_space(1)
-        run_codes(*a.market, rules.sym, rules.lim, *st, cuts[i], cuts[i + 1], *a.senses, codes, float(size), *scratch, new_log(0))
+        scratch = np.zeros((T, 1)), np.ones((T, 1)), work_space(1)
+        run_codes(*a.market, rules.sym, rules.lim, *st, cuts[i], cuts[i + 1], *a.senses, codes, float(size), *scratch, new_log(0), *none)
     with ThreadPoolExecutor(max(1, threads)) as pool: list(pool.map(part, range(max(1, threads))))
     return _totals(st.acct, a, T)
 
@@ -319,7 +326,7 @@ def frame_bars(df: pd.DataFrame, # One symbol's OHLC(V), or closes with one colu
 
 # %% ../../nbs/market/02_backtest.ipynb #eb62c3ed
 def backtest_frame(df: pd.DataFrame, # Prices: one symbol's OHLC(V), or closes with one column per symbol
-                   weights: pd.DataFrame | pd.Series | str, # Target weights at each close (NaN = hold), or the path of a CSV of them
+                   weights: pd.DataFrame | pd.Series | str | os.PathLike, # Target weights at each close (NaN = hold), or the path of a CSV of them
                    market: str = "spot", # "spot" or "perp"
                    capital: float = 100_000.0, # Quote currency
                    costs: Costs | None = None, # What trading costs
@@ -327,10 +334,12 @@ def backtest_frame(df: pd.DataFrame, # Prices: one symbol's OHLC(V), or closes w
                   ) -> Backtest: # Reconciled
     "An honest backtest of weights over prices in one line; decisions act at the next open."
     bars = frame_bars(df, market)
-    if isinstance(weights, str): weights = pd.read_csv(weights, index_col=0, parse_dates=True)
+    if isinstance(weights, (str, os.PathLike)): weights = pd.read_csv(weights, index_col=0, parse_dates=True)
     w = weights.to_frame(bars.symbols[0]) if isinstance(weights, pd.Series) else weights
-    if list(map(str, w.columns)) != list(bars.symbols) and w.shape[1] != 1:
+    if list(map(str, w.columns)) != list(bars.symbols) and not w.shape[1] == len(bars.symbols) == 1:
         raise DataError(f"weights have columns {list(w.columns)}, the prices {list(bars.symbols)}.")
+    if not isinstance(w.index, pd.DatetimeIndex) or not w.index.is_unique:
+        raise DataError(f"weights need distinct bar open times (UTC) as index, a CSV in its first column; found {w.index[:2].tolist()}.")
     idx = w.index.tz_convert("UTC").tz_localize(None) if w.index.tz is not None else w.index
     stray = ~idx.isin(bars.time)
     if stray.any(): raise DataError(f"weights have a row at {idx[stray][0]} where the prices have no bar; align them by time first.")

@@ -15,6 +15,7 @@ __all__ = ['RULES', 'BASELINES', 'LINEAR', 'TANH', 'RELU', 'ACTIVATIONS', 'HEADS
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import math
@@ -606,6 +607,7 @@ class Remembered:
     "A fit that keeps what it has finished in a folder, and finds it there again."
     made_by: Fit # The work
     folder: str # Where finished policies are kept
+    tensorboard: str | None = None # Folder for TensorBoard files, for fits that write them
 
     @property
     def name(self) -> str: return self.made_by.name
@@ -622,6 +624,8 @@ class Remembered:
         rows = [[int(a), int(b)] for a, b in train]
         place = Path(self.folder) / digest(self.config(), rows, int(seed), task_digest(task), stratfam.source_digest())[:24]
         if (place / "policy.json").is_file(): return load(place)
-        policy = self.made_by.fit(task, train, seed, progress)
+        takes = inspect.signature(self.made_by.fit).parameters
+        extra = {k: v for k, v in (("checkpoint", str(place)), ("tensorboard", self.tensorboard)) if v and k in takes}
+        policy = self.made_by.fit(task, train, seed, progress, **extra)
         save(policy, place, origin(self.made_by, task, train, seed))
         return policy

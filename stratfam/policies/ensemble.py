@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'intervals_of', 'purged_before_and_after', 'inner_folds', 'Recorder', 'Walked', 'walked', 'annual', 'Room',
-           'side_of', 'agreed', 'Blend', 'with_weight', 'portion', 'Candidate', 'candidates', 'out_of_fold',
-           'votes_for', 'EnsembleFit', 'hits', 'reliability', 'calibration_error', 'Calibration', 'fit_calibration',
-           'Calibrated', 'CalibratedFit']
+           'side_of', 'agreed', 'Blend', 'with_weight', 'drifted', 'portion', 'Candidate', 'candidates', 'out_of_fold',
+           'votes_for', 'EnsembleFit', 'Judged', 'hits', 'reliability', 'calibration_error', 'Calibration',
+           'fit_calibration', 'Calibrated', 'sobered', 'CalibratedFit']
 
 # %% ../../nbs/policies/03_ensemble.ipynb #96e66029
 import math
@@ -175,12 +175,20 @@ def with_weight(spec: ObservationSpec, obs: np.ndarray, weight: np.ndarray) -> n
     return out
 
 # %% ../../nbs/policies/03_ensemble.ipynb #f13b33e4
+def drifted(books: np.ndarray, # (M,B,N) what members last wished for
+            goal: np.ndarray, # (B,N) what the ensemble made of it
+            held: np.ndarray, # (B,N) what the account holds now
+           ) -> np.ndarray: # (M,B,N) what each may believe to hold
+    "Let the books follow the account."
+    safe = np.where(goal == 0.0, 1.0, goal)
+    return books * np.where(goal == 0.0, 1.0, np.clip(held / safe, 0.0, 2.0))
+
+# %% ../../nbs/policies/03_ensemble.ipynb #07c643ab
 def _act(self: Blend, obs: np.ndarray, state: Room) -> tuple[Decision, Room]:
     "Ask every member in turn."
     held = unpack(self.spec, obs).weight
     B, N = held.shape
-    books = np.repeat(held[None], len(self.members), axis=0) if state.books is None else state.books
-    if state.goal is not None: books = np.where((held == 0.0) & (state.goal != 0.0), 0.0, books)
+    books = np.repeat(held[None], len(self.members), axis=0) if state.books is None else drifted(state.books, state.goal, held)
     goals, sure, states = np.empty_like(books), np.empty_like(books), []
     for m, p in enumerate(self.members):
         raw, s = p.act(with_weight(p.spec, narrow(self.spec, p.spec, obs), books[m]), state.states[m])
@@ -248,6 +256,7 @@ class EnsembleFit:
     keep: int | None = None # How many of the best out of fold; None = all
     folds: int = 3 # Inner folds
     embargo: int = 0 # Of the inner folds, bars
+    ahead: int | None = None # Bars after which a decision is judged to calibrate each member; None = as the members say
     name: str = "ensemble" # What reports call it
 
     def __post_init__(self):
@@ -259,27 +268,32 @@ class EnsembleFit:
     @property
     def stochastic(self) -> bool: return any(m.stochastic for m in self.members)
     @property
-    def horizon(self) -> int: return max(getattr(m, "horizon", 1) for m in self.members)
+    def horizon(self) -> int: return max(self.ahead or 1, *(getattr(m, "horizon", 1) for m in self.members))
     @property
     def window(self) -> int: return max(getattr(m, "window", 1) for m in self.members)
 
     def config(self) -> dict[str, Any]:
-        own = {k: getattr(self, k) for k in ("kind", "seeds", "keep", "folds", "embargo")}
+        own = {k: getattr(self, k) for k in ("kind", "seeds", "keep", "folds", "embargo", "ahead")}
         return {"fit": "ensemble", "name": self.name, **own, "members": [m.config() for m in self.members]}
 
 # %% ../../nbs/policies/03_ensemble.ipynb #253345d3
-def _judge(self: EnsembleFit, task: Task, train: Sequence[tuple[int, int]], seed: int, progress: Callable[[Progress], None] | None) -> pd.DataFrame:
-    "Each candidate's Sharpe ratio out of fold and its vote."
+class Judged(NamedTuple):
+    "What the inner folds say of the candidates."
+    table: pd.DataFrame # Indexed by member: sharpe (annual, out of fold; NaN when not needed), vote
+    ways: list[list[Walked]] # Each candidate's way through what it was not trained on; empty when not needed
+
+def _judge(self: EnsembleFit, task: Task, train: Sequence[tuple[int, int]], seed: int = 0,
+           progress: Callable[[Progress], None] | None = None) -> Judged:
+    "Train and walk every candidate on the inner folds, if anything depends on it."
     who = candidates(self.members, self.seeds)
-    keep, sharpe = min(self.keep or len(who), len(who)), np.zeros(len(who))
-    if self.kind == "sharpe" or keep < len(who):
+    keep, sharpe, ways = min(self.keep or len(who), len(who)), np.full(len(who), np.nan), []
+    if self.kind == "sharpe" or keep < len(who) or self.ahead:
         folds = inner_folds(task, train, self.folds, self.embargo)
         for i, c in enumerate(who):
-            parts = out_of_fold(c.made_by, task, folds, seed + c.offset, portion(progress, i, len(who)))
-            sharpe[i] = annual(np.concatenate([w.ret for w in parts]), task.bars.step)
-    else: sharpe[:] = np.nan
+            ways.append(out_of_fold(c.made_by, task, folds, seed + c.offset, portion(progress, i, len(who))))
+            sharpe[i] = annual(np.concatenate([w.ret for w in ways[-1]]), task.bars.step)
     votes = votes_for(self.kind, np.nan_to_num(sharpe), keep)
-    return pd.DataFrame({"sharpe": sharpe, "vote": votes}, index=pd.Index([c.name for c in who], name="member"))
+    return Judged(pd.DataFrame({"sharpe": sharpe, "vote": votes}, index=pd.Index([c.name for c in who], name="member")), ways)
 
 # %% ../../nbs/policies/03_ensemble.ipynb #4250bde3
 def _fit(self: EnsembleFit,
@@ -289,12 +303,12 @@ def _fit(self: EnsembleFit,
          progress: Callable[[Progress], None] | None = None, # Told by members
         ) -> Blend: # Trained on all train rows
     "Choose members out of fold, then train them on everything."
-    table = self.judge(task, train, seed, portion(progress, 0, 2))
-    who = candidates(self.members, self.seeds)
-    chosen = [i for i, v in enumerate(table["vote"]) if v > 0] or [0]
+    judged = self.judge(task, train, seed, portion(progress, 0, 2))
+    who, votes = candidates(self.members, self.seeds), judged.table["vote"].to_numpy()
+    chosen = [i for i, v in enumerate(votes) if v > 0] or [0]
     made = [who[i].made_by.fit(task, train, seed + who[i].offset, portion(portion(progress, 1, 2), n, len(chosen))) for n, i in enumerate(chosen)]
-    return Blend(combined([p.spec for p in made]), made, table["vote"].to_numpy()[chosen], "vote" if self.kind == "vote" else "mean",
-                 tuple(who[i].name for i in chosen))
+    if self.ahead: made = [sobered(p, judged.ways[i], task.bars, self.ahead) for p, i in zip(made, chosen)]
+    return Blend(combined([p.spec for p in made]), made, votes[chosen], "vote" if self.kind == "vote" else "mean", tuple(who[i].name for i in chosen))
 
 
 EnsembleFit.judge, EnsembleFit.fit = _judge, _fit
@@ -396,6 +410,12 @@ class Calibrated:
         d = clean_decision(raw, len(obs), symbols_seen(self.spec, obs.shape[1]))[0]
         return Decision(d.weight, np.where(np.isnan(d.weight), 0.0, self.curve(d.confidence))), state
 
+# %% ../../nbs/policies/03_ensemble.ipynb #2c801f82
+def sobered(policy: Policy, ways: Sequence[Walked], bars: Any, ahead: int = 1, kind: str = "isotonic") -> Calibrated:
+    "A policy with the curve that its like earned out of fold."
+    pairs = [hits(w, bars, ahead) for w in ways]
+    return Calibrated(policy.spec, policy, fit_calibration(*(np.concatenate(x) for x in zip(*pairs)), kind), ahead)
+
 # %% ../../nbs/policies/03_ensemble.ipynb #679e8857
 @dataclass(frozen=True)
 class CalibratedFit:
@@ -429,10 +449,7 @@ def _fit_calibrated(self: CalibratedFit,
                    ) -> Calibrated:
     "Fit the policy on all train rows and its curve out of fold."
     parts = out_of_fold(self.made_by, task, inner_folds(task, train, self.folds, self.embargo), seed, portion(progress, 0, 2))
-    pairs = [hits(w, task.bars, self.ahead) for w in parts]
-    curve = fit_calibration(*(np.concatenate(x) for x in zip(*pairs)), self.kind)
-    policy = self.made_by.fit(task, train, seed, portion(progress, 1, 2))
-    return Calibrated(policy.spec, policy, curve, self.ahead)
+    return sobered(self.made_by.fit(task, train, seed, portion(progress, 1, 2)), parts, task.bars, self.ahead, self.kind)
 
 
 CalibratedFit.fit = _fit_calibrated

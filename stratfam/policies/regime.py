@@ -309,14 +309,17 @@ class Router:
         if not 0.0 < self.leave <= self.enter <= 1.0 or self.enter <= 0.5:
             raise ConfigError(f"enter {self.enter:g} and leave {self.leave:g}: expected leave <= enter, and enter above a half.")
 
-    def __repr__(self): return f"Router({', '.join(f'{r} -> {self.rules.get(r, FLAT)}' for r in self.model.names)}; enter {self.enter:g}, leave {self.leave:g})"
+    def __repr__(self):
+        rules = ", ".join(f"{r} -> {self.rules.get(r, FLAT)}" for r in self.model.names)
+        return f"Router({rules}; enter {self.enter:g}, leave {self.leave:g})"
 
 # %% ../../nbs/policies/04_regime.ipynb #ce6793fd
 FLAT = "flat"
 
 def router_table(router: Router) -> pd.DataFrame: # Indexed by regime
     "The rules as a report prints them, beside what the regimes are."
-    return describe_regimes(router.model).assign(policy=[router.rules.get(r, FLAT) for r in router.model.names], enter=router.enter, leave=router.leave)
+    policy = [router.rules.get(r, FLAT) for r in router.model.names]
+    return describe_regimes(router.model).assign(policy=policy, enter=router.enter, leave=router.leave)
 
 # %% ../../nbs/policies/04_regime.ipynb #540b66c6
 class Way(NamedTuple):

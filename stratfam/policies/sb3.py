@@ -296,7 +296,7 @@ def resume(model: BaseAlgorithm, # As constructed for the same training
     "Put a fresh model where a snapshot was taken."
     try: body = torch.load(io.BytesIO(raw), weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
-        raise DataError(f"the checkpoint cannot be read ({str(e).splitlines()[0]}); remove it to start afresh.") from e
+        raise DataError(f"the checkpoint cannot be read ({(str(e) or type(e).__name__).splitlines()[0]}); remove it to start afresh.") from e
     if not isinstance(body, dict) or body.get("key") != key:
         raise DataError("the checkpoint belongs to another training: fit, market, train rows, budget or seed differ. "
                         "Use another folder, or remove it.")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACTIVE', 'REDUCING', 'HALTED', 'STATES', 'GATE', 'SLOT', 'SENSE', 'CONTEXT', 'ON', 'Reason', 'reasons',
-           'reason_table', 'gate_state', 'slot_state', 'Senses', 'pack_senses', 'no_inputs', 'measure', 'reduce_only',
-           'denials', 'size_factor', 'kelly_cap', 'wish', 'work_space', 'linear_room', 'corr_room', 'room', 'to_lots',
-           'gate', 'skipped', 'Check', 'RiskManager', 'Gated']
+           'reason_table', 'gate_state', 'slot_state', 'Senses', 'pack_senses', 'no_inputs', 'breached', 'measure',
+           'reduce_only', 'denials', 'size_factor', 'kelly_cap', 'wish', 'work_space', 'linear_room', 'corr_room',
+           'room', 'to_lots', 'gate', 'skipped', 'Check', 'RiskManager', 'Gated']
 
 # %% ../../nbs/risk/01_gate.ipynb #27f1eae6
 from collections.abc import Sequence
@@ -138,6 +138,12 @@ def no_inputs(N: int, # Symbols
     return GateInputs(**fields, present=np.array([f in given for f in GATE_FIELDS]))
 
 # %% ../../nbs/risk/01_gate.ipynb #c0a86081
+@njit(**KERNEL, inline="always")
+def breached(equity, base, limit):
+    "True when `equity` lies `limit` (a fraction) or more below `base`, or is no sound number."
+    return not (equity > 0.0 and np.isfinite(equity) and base - equity < limit * base)
+
+
 @njit(**KERNEL)
 def measure(lim, g, day, equity):
     "Update peak, day and drawdown of one account at a close; latch a halt on breach. `lim`, `g`: records; `day`: UTC day of the valuation."
@@ -146,10 +152,9 @@ def measure(lim, g, day, equity):
         g.day, g.day_base = day, equity
         if g.state == REDUCING and g.cause == _DAILY: g.state, g.cause = ACTIVE, 0
     if equity > g.peak: g.peak = equity
-    sound = equity > 0.0 and np.isfinite(equity)
-    if not (sound and g.peak - equity < lim.max_drawdown * g.peak):
+    if breached(equity, g.peak, lim.max_drawdown):
         if g.state != HALTED: g.state, g.cause = HALTED, _DRAWDOWN
-    elif g.state == ACTIVE and not (g.day_base - equity < lim.daily_loss * g.day_base):
+    elif g.state == ACTIVE and breached(equity, g.day_base, lim.daily_loss):
         g.state, g.cause = (HALTED if lim.daily_loss_halts > 0.0 else REDUCING), _DAILY
     if g.state != ACTIVE and g.cause != 0: g.flatten = g.cause
     if g.kill != 0: g.flatten = _KILL

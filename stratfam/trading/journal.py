@@ -79,7 +79,7 @@ class Line:
 class Book:
     "What a journal says, entry by entry."
     def __init__(self):
-        self.seq, self.chain, self.time_ms = 0, "", 0
+        self.seq, self.chain, self.time_ms, self.began_ms = 0, "", 0, 0 # Of the last entry; time of the first
         self.seen: dict[str, set[str]] = {k: set() for k in ONCE}
         self.open: dict[str, Line] = {} # Intents without an end
         self.orders: dict[str, str] = {} # Venue order id -> client id, of every order we know to be ours
@@ -91,7 +91,7 @@ class Book:
 # %% ../../nbs/trading/00_journal.ipynb #eb5dd7f7
 def _fold(self: Book, e: Entry) -> None:
     "Take one entry into account."
-    self.seq, self.chain, self.time_ms = e.seq, e.chain, max(self.time_ms, e.time_ms)
+    self.seq, self.chain, self.time_ms, self.began_ms = e.seq, e.chain, max(self.time_ms, e.time_ms), self.began_ms or e.time_ms
     self.counts[e.kind] += 1
     if e.kind in ONCE: self.seen[e.kind].add(e.key)
     if e.kind == "state": self.state, self.since_state = e.body, []

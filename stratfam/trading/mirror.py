@@ -26,7 +26,7 @@ def record_json(r: np.void) -> dict[str, Any]:
     plain = lambda v: int(v) if isinstance(v, np.integer) else float(v) if math.isfinite(v) else str(float(v))
     return {k: plain(r[k]) for k in r.dtype.names}
 
-
+# %% ../../nbs/trading/01_mirror.ipynb #833d1678
 def fill_records(out: np.ndarray, # Records to overwrite
                  found: Sequence[Mapping[str, Any]]) -> None: # From `record_json`
     "Read records back; a field that the text lacks keeps its value, so that a newer program reads an older journal."
@@ -69,7 +69,7 @@ def _book(self: Mirror, symbol: str, lots: int, # Signed
           price: float, fee: float, # Quote currency; a negative fee was received
           time_ms: int, purpose: str = "ENTRY") -> None: # Of the order that was filled
     "Book one fill."
-    n, t = self.index(symbol), time_ms // self.step_ms
+    n, t = self.index(symbol), (time_ms - (purpose in CAUSE)) // self.step_ms
     held = int(self.lots[n])
     if held * lots < 0 and abs(lots) > abs(held):
         part = abs(held) / abs(lots)
@@ -98,7 +98,7 @@ def _mark(self: Mirror, row: np.ndarray, # (N,) records of the kernel's `BAR`: a
         mark_one(_NO_COSTS, self.rules.lim[0], self.account, self.pos[n], row[n], int(self.lots[n]), self.rules.sym[n]["lot"])
     self.marked_ms = close_ms
 
-
+# %% ../../nbs/trading/01_mirror.ipynb #8f4e7ce6
 def _value(self: Mirror, prices: np.ndarray) -> float: # (N,); those of symbols not held are ignored
     "Equity at these prices; NaN when one that is needed is unknown."
     held = self.lots != 0
@@ -107,17 +107,18 @@ def _value(self: Mirror, prices: np.ndarray) -> float: # (N,); those of symbols 
 
 Mirror.mark, Mirror.value = _mark, _value
 
-# %% ../../nbs/trading/01_mirror.ipynb #8f4e7ce6
+# %% ../../nbs/trading/01_mirror.ipynb #fd599ef0
 def _decide(self: Mirror, wish: Decision, # For one account
             senses: Senses, row: int, # What the gate may know, and which row of it is now
             close_ms: int, # Close of the bar
             held: bool) -> None: # True: a NaN wish is a deliberate hold
     "Account limits, gate and time stop; targets and reasons are in `slots`."
     day, t = close_ms // 86_400_000, close_ms // self.step_ms - 1
+    self.state.slots["pending"] = self.state.slots["lots"] # What the last decision wanted and did not get is forgotten
     decide(day, self.rules.sym, self.rules.lim[0], self.account, self.gate, self.state.slots, self.state.pos, 0, t, senses.sense, senses.context,
            senses.corr, senses.on[0], row, wish.weight, wish.confidence, 0, held, self.work)
 
-
+# %% ../../nbs/trading/01_mirror.ipynb #c98ce6be
 def _observe(self: Mirror, spec: ObservationSpec, x: np.ndarray, # (T,N,F) scaled features of the live window
              market: Market, # Its packed bars
              close_ms: int) -> np.ndarray: # (1,D) float32
@@ -137,13 +138,13 @@ def venue_cash(snap: Snapshot) -> float:
     spent = sum((p.quantity * p.entry if p.side == "LONG" else -p.quantity * p.entry) for p in snap.positions)
     return float(snap.wallet - spent)
 
-
+# %% ../../nbs/trading/01_mirror.ipynb #bdfbd5b9
 def _credit(self: Mirror, amount: float, transfer: bool) -> None: # Signed
     "Book a bill: funding and the like are profit or loss, a transfer is neither."
     self.account["cash"] += amount
     if transfer: self.shift(amount)
 
-
+# %% ../../nbs/trading/01_mirror.ipynb #376a82ac
 def _settle(self: Mirror, snap: Snapshot) -> float: # Money that nobody explains
     "Take the venue's cash; returns how far it was from ours."
     found = venue_cash(snap)
@@ -152,7 +153,7 @@ def _settle(self: Mirror, snap: Snapshot) -> float: # Money that nobody explains
     self.account["cash"] = found
     return odd
 
-
+# %% ../../nbs/trading/01_mirror.ipynb #02e5fb80
 def _shift(self: Mirror, amount: float) -> None:
     "Move the peak and the day's base by money that is neither profit nor loss."
     self.gate["peak"], self.gate["day_base"] = (max(self.gate[k] + amount, 1e-9) for k in ("peak", "day_base"))
@@ -178,7 +179,7 @@ def _dump(self: Mirror) -> dict[str, Any]:
     return {"symbols": list(self.symbols), "marked_ms": self.marked_ms, "account": record_json(acct[0]), "gate": record_json(gates[0]),
             "slots": [record_json(r) for r in slots[0]], "pos": [record_json(r) for r in pos[0]]}
 
-
+# %% ../../nbs/trading/01_mirror.ipynb #c4866a8a
 def _restore(self: Mirror, found: Mapping[str, Any]) -> None:
     "Take up a dumped mirror; symbols are matched by name."
     fill_records(self.state.acct, [found["account"]])
@@ -198,14 +199,14 @@ def _kill(self: Mirror) -> None:
     "HALTED by hand."
     self.gate["kill"], self.gate["state"], self.gate["cause"] = 1, HALTED, int(Reason.KILL)
 
-
+# %% ../../nbs/trading/01_mirror.ipynb #103221ef
 def _reset(self: Mirror, equity: float) -> None:
     "Clear a halt: ACTIVE, with the peak and the day's base at today's equity."
     day = int(self.gate["day"])
     self.state.gate[:] = gate_state(1, equity)
     self.gate["day"] = day
 
-
+# %% ../../nbs/trading/01_mirror.ipynb #bf9e2970
 def _why(self: Mirror) -> str:
     "The state and its cause, in words."
     cause = reasons(self.gate["cause"])

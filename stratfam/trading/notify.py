@@ -44,7 +44,7 @@ def _text(x: Any, most: int) -> str:
 
 # %% ../../nbs/trading/09_notify.ipynb #bc91fc97
 def plain(x: Any, # Anything
-          most: int = 200, # Items per collection
+          most: int = 500, # Items per collection
           depth: int = 6, # Levels of nesting
          ) -> Any: # None, bool, int, finite float, text, list or dict of these
     "The nearest thing to `x` that every JSON reader understands."
@@ -75,7 +75,7 @@ def _short(x: Any) -> str:
 # %% ../../nbs/trading/09_notify.ipynb #863a27c6
 def headline(event: Mapping[str, Any]) -> str: # At most 300 characters, one line
     "An event in one line of words."
-    kind = _text(event.get("kind", "event"), 20)
+    kind = _short(event.get("kind", "event"))[:20]
     names = _SAID.get(kind, "").split() or [k for k in event if k not in ("kind", "time", "level")][:8]
     parts = [f"{n} {_short(event[n])}" if kind not in ("order", "fill", "error") or n in ("price", "fee", "order_id") else _short(event[n])
              for n in names if event.get(n) not in (None, "", [], {})]
@@ -149,11 +149,13 @@ def _complain(text: str) -> None:
 # %% ../../nbs/trading/09_notify.ipynb #bd1e365e
 class Dispatcher:
     "A bounded queue between the loop and its listeners."
+    name = "dispatcher"
     def __init__(self, listeners: Sequence[Listener], env: Env | None = None,
                  size: int = 1000, # Events that wait at most
+                 clean: Callable[[dict], Mapping[str, Any]] = dict, # What listeners see of an event
                  complain: Callable[[str], None] = _complain): # Told once of each kind of failure
         if size < 1: raise ConfigError(f"a queue of {size} events: write at least 1.")
-        self.listeners, self.env, self.size, self.complain = tuple(listeners), env or Env(), size, complain
+        self.listeners, self.env, self.size, self.clean, self.complain = tuple(listeners), env or Env(), size, clean, complain
         self.queue: deque[dict] = deque()
         self.lock, self.bell, self.ending, self.thread = threading.Lock(), threading.Event(), False, None
         self.counts, self.known_faults, self.told = Counter(), set(), 0
@@ -193,14 +195,19 @@ def _pump(self: Dispatcher) -> int: # Events handed on
     lost, self.told = self.counts["dropped"] - self.told, self.counts["dropped"]
     if lost: batch.appendleft({"kind": "dropped", "time": self.env.iso(), "count": lost, "error": "events lost: the queue was full"})
     now = self.env.clock.monotonic()
-    for event in batch:
-        for x in self.listeners: self._try(x, x.take, event)
+    for event in batch: self._try(self, self._hand_on, event)
     for x in self.listeners: self._try(x, x.tick, now)
     self.counts["handed on"] += len(batch)
     return len(batch)
 
 
-Dispatcher.pump = _pump
+def _hand_on(self: Dispatcher, event: dict) -> None:
+    "Give a cleaned event to every listener."
+    cleaned = self.clean(event)
+    for x in self.listeners: self._try(x, x.take, cleaned)
+
+
+Dispatcher.pump, Dispatcher._hand_on = _pump, _hand_on
 
 # %% ../../nbs/trading/09_notify.ipynb #08f57335
 def _start(self: Dispatcher) -> "Dispatcher":
@@ -343,10 +350,11 @@ def _tick(self: Notifier, now: float) -> None:
 
 # %% ../../nbs/trading/09_notify.ipynb #9d101085
 def _last(self: Notifier) -> None:
-    "What still waits goes out now."
+    "What still waits goes out now, and the channel is let go."
     for t in self.waiting.values(): t.due = -math.inf
     self.next = -math.inf
-    self.tick(self.env.clock.monotonic())
+    try: self.tick(self.env.clock.monotonic())
+    finally: getattr(self.channel, "close", lambda: None)()
 
 
 Notifier._compose, Notifier.tick, Notifier.close = _compose, _tick, _last
@@ -366,8 +374,10 @@ class AppriseChannel:
         self.guard = Guard(redact or Redactor(*urls))
         for name in _CHATTY: logging.getLogger(name).addFilter(self.guard)
         self.box, self.kinds = apprise.Apprise(), apprise.NotifyType
-        for i, url in enumerate(urls):
-            if not self.box.add(url): raise ConfigError(f"apprise does not understand address number {i + 1} of secrets.apprise_urls; see its list.")
+        bad = [i + 1 for i, url in enumerate(urls) if not self.box.add(url)]
+        if bad:
+            self.close()
+            raise ConfigError(f"apprise does not understand address number {bad[0]} of secrets.apprise_urls; see its list of services.")
 
     def close(self) -> None:
         for name in _CHATTY: logging.getLogger(name).removeFilter(self.guard)

@@ -104,13 +104,13 @@ def _check_key(self: WeexVenue) -> None:
     if about.get("canWithdraw") is not False:
         raise PermissionDenied("this key may withdraw, or the venue does not say that it may not. Make a key with the permission to trade alone.")
 
-
+# %% ../../nbs/trading/00_venues.ipynb #ef137361
 def _grid(i: SymbolInfo, tradable: bool) -> Grid:
     "The rules of one contract."
     return Grid(i.symbol, i.quantity_step, i.price_step, max(i.min_quantity, i.quantity_step), min(i.max_quantity, i.max_market), Decimal(0),
                 i.max_leverage, float(i.maker_fee), float(i.taker_fee), tradable)
 
-
+# %% ../../nbs/trading/00_venues.ipynb #5dac35b6
 def _grids(self: WeexVenue, symbols: Sequence[str]) -> dict[str, Grid]:
     "The rules of these markets; a symbol that is gone is absent."
     infos, allowed = self.client.symbols(), self.client.api_symbols()
@@ -130,7 +130,7 @@ def closed_bars(page: Sequence[Kline], # In any order, perhaps twice, perhaps un
         if k.sane and close_ms(k.open_ms, interval) <= now_ms and (k.open_ms not in best or k.volume >= best[k.open_ms].volume): best[k.open_ms] = k
     return [best[t] for t in sorted(best)]
 
-
+# %% ../../nbs/trading/00_venues.ipynb #94b1b77d
 def _candles(self: WeexVenue, symbol: str, interval: str, rows: int) -> list[Kline]:
     "The newest closed bars, oldest first."
     return closed_bars(self.data.kline_page(symbol, interval, limit=min(1000, rows + 2)), interval, self.now_ms())[-rows:]
@@ -146,7 +146,7 @@ def _snapshot(self: WeexVenue) -> Snapshot:
     orders = () if c.demo else (*c.open_orders(), *c.open_triggers())
     return Snapshot(now, held.total if held else Decimal(0), positions, orders)
 
-
+# %% ../../nbs/trading/00_venues.ipynb #80982deb
 def _fills(self: WeexVenue, since_ms: int) -> list[Fill]:
     "Executions since, oldest first."
     if not self.client.demo: return self.client.fills(since_ms, self.now_ms() + 1000)
@@ -156,7 +156,7 @@ def _fills(self: WeexVenue, since_ms: int) -> list[Fill]:
                           o.filled * o.average * rate.get(o.symbol, Decimal(0)), self.asset, None, Decimal(0), o.updated_ms)
     return [fill(o) for o in sorted(done, key=lambda o: (o.updated_ms, o.order_id))]
 
-
+# %% ../../nbs/trading/00_venues.ipynb #213b792d
 def _funding(self: WeexVenue, since_ms: int) -> list[Bill]:
     "Ledger lines that are not trades."
     if self.client.demo: return []
@@ -172,7 +172,7 @@ def _triggers_since(self: WeexVenue, since_ms: int) -> tuple[list[Order], dict[s
     found = [(order_from(r, self.client.our_symbol), r.id("actualOrderId", default="0")) for r in rows(raw, "trigger history", "orders")]
     return [o for o, _ in found], {child: o.client_id for o, child in found if child.strip("0")}
 
-
+# %% ../../nbs/trading/00_venues.ipynb #6ef513fa
 def _orders(self: WeexVenue, since_ms: int) -> list[Order]:
     "Every order made since, whatever became of it; working, conditional and finished ones."
     c, now = self.client, self.now_ms()
@@ -184,7 +184,7 @@ def _orders(self: WeexVenue, since_ms: int) -> list[Order]:
     named = [o if o.client_id or o.order_id not in children else _renamed(o, children[o.order_id]) for o in normal]
     return [*named, *waiting, *over]
 
-
+# %% ../../nbs/trading/00_venues.ipynb #0b6aad1a
 def _renamed(o: Order, client_id: str) -> Order:
     "The same order under its parent's client id."
     return Order(o.order_id, client_id, *(getattr(o, f) for f in Order.__slots__[2:]))
@@ -198,7 +198,7 @@ def _protect(self: WeexVenue, order: OrderRequest) -> Outcome:
     kind = "STOP_LOSS" if order.type == "STOP_MARKET" else "TAKE_PROFIT"
     return self.client.place_tpsl(order.symbol, kind, order.position_side, order.quantity, order.trigger, order.client_id)
 
-
+# %% ../../nbs/trading/00_venues.ipynb #c6092a26
 def _cancel(self: WeexVenue, order: Order) -> Outcome:
     "Cancel a working or conditional order."
     if order.status == "UNTRIGGERED" or order.trigger: return self.client.cancel_trigger(order.order_id)
@@ -221,7 +221,7 @@ def paper_venue(bars: Bars, # Played back, perpetual
     if bars.market != "perp": raise ConfigError(f"the paper exchange trades perpetuals, these bars are {bars.market}; load them with market='perp'.")
     x = Exchange(bars, **exchange)
     add_user(x, str(PAPER.key), "paper-secret", str(PAPER.passphrase), usdt=capital)
-    env = env or Env(VirtualClock(int(bars.time[0].astype("i8"))), np.random.default_rng(0))
+    env = env or Env(VirtualClock(int(bars.time[0].astype("i8"))), np.random.Generator(np.random.PCG64(0)))
     env.transport = InProcessTransport(x, env.clock, faults)
     venue = WeexVenue(WeexAPIClient("contract", PAPER, env, budgets={} if budgets is None else budgets), "paper")
     venue.exchange, venue.env = x, env

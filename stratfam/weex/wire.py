@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIGNATURE', 'NAMES', 'ERRORS', 'CATCH_ALL', 'MAX_BODY', 'ACK', 'REFUSED', 'UNKNOWN', 'BUDGETS', 'SPOT_BUDGETS',
-           'LONGEST_BLOCK', 'Masked', 'Credentials', 'load_credentials', 'Request', 'encode_query', 'encode_body',
-           'build_request', 'auth_headers', 'WeexError', 'NotSent', 'Throttled', 'Ambiguous', 'Malformed', 'VenueError',
-           'AuthError', 'PermissionDenied', 'TimestampExpired', 'BadRequest', 'UnknownSymbol', 'OrderNotFound',
-           'InsufficientFunds', 'LeverageError', 'PrecisionError', 'VenueFault', 'RateLimited', 'Banned', 'error_of',
-           'RequestsTransport', 'Outcome', 'outcome_of', 'combined', 'Window', 'RateLimiter', 'WireLog']
+           'LONGEST_BLOCK', 'Masked', 'Credentials', 'key_words', 'load_credentials', 'Request', 'encode_query',
+           'encode_body', 'build_request', 'auth_headers', 'WeexError', 'NotSent', 'Throttled', 'Ambiguous',
+           'Malformed', 'VenueError', 'AuthError', 'PermissionDenied', 'TimestampExpired', 'BadRequest',
+           'UnknownSymbol', 'OrderNotFound', 'InsufficientFunds', 'LeverageError', 'PrecisionError', 'VenueFault',
+           'RateLimited', 'Banned', 'error_of', 'RequestsTransport', 'Outcome', 'outcome_of', 'combined', 'Window',
+           'RateLimiter', 'WireLog']
 
 # %% ../../nbs/weex/00_wire.ipynb #268402e1
 import base64
@@ -76,7 +77,7 @@ NAMES = ("key", "secret", "passphrase")
 
 def _owner_only(path: str | Path) -> dict:
     "The TOML table in `path`, if the file is ours and closed to everybody else."
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as f:
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)), "rb") as f:
         st = os.fstat(f.fileno())
         if not stat.S_ISREG(st.st_mode) or st.st_uid != os.geteuid() or st.st_mode & 0o077:
             raise ConfigError(f"{path}: others could read these keys (mode {stat.S_IMODE(st.st_mode):04o}). Run: chmod 600 {path}")
@@ -84,9 +85,9 @@ def _owner_only(path: str | Path) -> dict:
         except ValueError: raise ConfigError(f'{path}: not TOML. Write three lines such as: key = "weex_..."') from None
 
 # %% ../../nbs/weex/00_wire.ipynb #a1423800
-def load_credentials(source: Mapping[str, str] | str | Path, # The process environment, or a 0600 TOML file with key, secret, passphrase
-                    ) -> Credentials: # Ready to sign
-    "Credentials from WEEX_API_KEY, WEEX_API_SECRET and WEEX_API_PASSPHRASE, or from an owner-only file."
+def key_words(source: Mapping[str, str] | str | Path, # The process environment, or a 0600 TOML file with key, secret, passphrase
+             ) -> tuple[str, str, str]: # Key, secret, passphrase in clear: for `Credentials`, and for a simulated exchange that must know them
+    "The three words from WEEX_API_KEY, WEEX_API_SECRET and WEEX_API_PASSPHRASE, or from an owner-only file."
     inside = isinstance(source, Mapping)
     try: table = {n: source.get(f"WEEX_API_{n.upper()}") for n in NAMES} if inside else _owner_only(source)
     except OSError as e: raise ConfigError(f"{source}: cannot be read ({e.strerror}). Name a regular file that you own.") from None
@@ -94,7 +95,13 @@ def load_credentials(source: Mapping[str, str] | str | Path, # The process envir
     if missing:
         where = "as " + ", ".join(f"WEEX_API_{n.upper()}" for n in missing) if inside else f"in {source}"
         raise ConfigError(f"The API {missing[0]} is missing. Provide it {where}.")
-    return Credentials(*(table[n] for n in NAMES))
+    return tuple(table[n] for n in NAMES)
+
+
+def load_credentials(source: Mapping[str, str] | str | Path, # As for `key_words`
+                    ) -> Credentials: # Ready to sign
+    "Credentials from the environment or from an owner-only file."
+    return Credentials(*key_words(source))
 
 # %% ../../nbs/weex/00_wire.ipynb #db0f0803
 class Request(NamedTuple):

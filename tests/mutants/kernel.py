@@ -2,6 +2,7 @@
 """Planted bugs: (name, file under stratfam/, the text as it is, the text as a careless hand might have it, the test that must notice)."""
 
 ORACLE = "test_kernel.py::test_kernel_equals_oracle"
+GLIDE = "test_kernel.py::test_glide_equals_single_bars"
 LATTICE = "test_bar_lattice.py"
 FUZZ = "test_gate_fuzz.py"
 FAULTS = "test_faults_market.py"
@@ -9,11 +10,12 @@ CORE, LIMITS, GATE, ACCOUNT, BACKTEST = "core.py", "risk/limits.py", "risk/gate.
 
 MUTANTS = [
     # Limits and states
-    ("drawdown breach needs more than the limit", GATE, "g.peak - equity < lim.max_drawdown * g.peak", "g.peak - equity <= lim.max_drawdown * g.peak",
+    ("drawdown breach needs more than the limit", GATE, "if breached(equity, g.peak, lim.max_drawdown):",
+     "if breached(equity, g.peak, lim.max_drawdown) and g.peak - equity != lim.max_drawdown * g.peak:",
      f"{FUZZ}::test_a_loss_of_exactly_the_limit_is_a_breach"),
-    ("daily breach needs more than the limit", GATE, "g.day_base - equity < lim.daily_loss * g.day_base",
-     "g.day_base - equity <= lim.daily_loss * g.day_base", f"{FUZZ}::test_a_loss_of_exactly_the_limit_is_a_breach"),
-    ("an unknown equity passes", GATE, "sound = equity > 0.0 and np.isfinite(equity)", "sound = True", f"{FUZZ}::test_unsound_equity_halts"),
+    ("daily breach needs more than the limit", GATE, "breached(equity, g.day_base, lim.daily_loss):",
+     "breached(equity, g.day_base, lim.daily_loss) and g.day_base - equity != lim.daily_loss * g.day_base:", f"{FUZZ}::test_a_loss_of_exactly_the_limit_is_a_breach"),
+    ("an unknown equity passes", GATE, "not (equity > 0.0 and np.isfinite(equity) and base - equity < limit * base)", "base - equity >= limit * base", f"{FUZZ}::test_unsound_equity_halts"),
     ("the peak forgets with each day", GATE, "g.day, g.day_base = day, equity", "g.day, g.day_base, g.peak = day, equity, equity", ORACLE),
     ("a drawdown halt ends with the day", GATE, "if g.state == REDUCING and g.cause == _DAILY: g.state", "if g.state != ACTIVE: g.state", ORACLE),
     ("the day's base follows equity", GATE, "if day > g.day:", "if day >= g.day:", ORACLE),
@@ -68,7 +70,7 @@ MUTANTS = [
     ("a liquidation costs nothing extra", ACCOUNT, "+ (costs.liq_fee if cause == LIQUIDATION else 0.0)", "", ORACLE),
     ("slippage in our favour", ACCOUNT, "return ref * (1.0 + slip) if qty > 0.0", "return ref * (1.0 + slip) if qty < 0.0", ORACLE),
     ("impact is linear", ACCOUNT, "np.sqrt(min(1.0, abs(qty) / volume))", "min(1.0, abs(qty) / volume)", ORACLE),
-    ("funding is paid to the payer", ACCOUNT, "a.cash -= pay", "a.cash += pay", ORACLE),
+    ("funding is paid to the payer", ACCOUNT, "        a.cash -= pay\n", "        a.cash += pay\n", ORACLE),
     ("unknown funding is free", ACCOUNT, "abs(q) * x.mark * costs.funding", "0.0", ORACLE),
     ("the entry price is the last fill", ACCOUNT, "p.entry = (abs(held) * p.entry + abs(lots) * price) / (abs(held) + abs(lots))", "p.entry = price", ORACLE),
     ("an order fills at the bar's close", ACCOUNT, "down, x.open, max(p.cause", "down, x.close, max(p.cause", ORACLE),
@@ -76,7 +78,11 @@ MUTANTS = [
     ("a missing bar fills at the last mark", ACCOUNT, "        if x.ok == 0.0:\n            s.pending = L\n            continue\n", "", ORACLE),
     ("a reduction crosses zero", ACCOUNT, "if L != 0 and (L > 0) != (P > 0): down = -L", "if L != 0 and (L > 0) != (P > 0): down = P - L", ORACLE),
     ("one times too much leverage at the open", ACCOUNT, "lim.max_leverage * max(eq, 0.0)", "(lim.max_leverage + 1.0) * max(eq, 0.0)", ORACLE),
-    ("entries at the open keep no reserve", ACCOUNT, "want * (1.0 + lim.reserve), lim.max_leverage", "want, lim.max_leverage", ORACLE),
+    ("entries at the open keep no reserve", ACCOUNT, "want * (1.0 + lim.reserve) + extra", "want + extra", ORACLE),
+    ("impact is paid with money that is not there", ACCOUNT, "want * (1.0 + lim.reserve) + extra", "want * (1.0 + lim.reserve)", ORACLE),
+    ("the fee on the slippage is not reserved", ACCOUNT, "return (1.0 + self.taker) * (1.0 + self.slippage_bps / 1e4) - 1.0",
+     "return self.taker + self.slippage_bps / 1e4", ORACLE),
+    ("a sale fetches less than nothing", ACCOUNT, "ref * max(0.0, 1.0 - slip)", "ref * (1.0 - slip)", ORACLE),
     ("losses beyond equity vanish", ACCOUNT, "a.insurance -= a.cash", "pass", ORACLE),
     ("the last exit is a resting order", ACCOUNT, "-s.lots, bars[t, n].mark, END_EXIT, log)", "-s.lots, bars[t, n].mark, TARGET, log)",
      f"{FAULTS}::test_f7_no_jump_across_seams"),
@@ -84,14 +90,14 @@ MUTANTS = [
     ("a gap fills at the stop", ACCOUNT, "-s.lots, x.open, STOP, log)", "-s.lots, pos[b, n].stop, STOP, log)", ORACLE),
     ("a gap fills at the stop (rule)", CORE, "return kind, o if side * (o - level) <= 0.0 else level", "return kind, level", f"{LATTICE}::test_bar_exit_lattice"),
     ("a stop must be traded through", CORE, "side * (worst - level) <= 0.0", "side * (worst - level) < 0.0", f"{LATTICE}::test_bar_exit_lattice"),
-    ("a touched stop is not noticed", ACCOUNT, "x.low <= p.stop", "x.low < p.stop", f"{LATTICE}::test_kernel_lattice"),
+    ("a touched stop is not noticed", ACCOUNT, "x.low <= stop", "x.low < stop", f"{LATTICE}::test_kernel_lattice"),
     ("a touched target fills", CORE, "side * (best - target) > 0.0", "side * (best - target) >= 0.0", f"{LATTICE}::test_kernel_lattice"),
     ("target before stop", CORE, "    if kind != NO_EXIT and side * (worst", "    if np.isfinite(target) and side * (best - target) > 0.0: return TARGET, target\n"
      "    if kind != NO_EXIT and side * (worst", f"{LATTICE}::test_kernel_lattice"),
     ("the farther level is hit first", CORE, "not side * (level - liq) >= 0.0", "side * (level - liq) > 0.0", f"{LATTICE}::test_bar_exit_lattice"),
     ("the trailing stop learns the bar's high before its low", ACCOUNT, "        kind, price = bar_exit(",
      "        if lim.trailing > 0.0 and L > 0: p.stop = max(p.stop, max(p.best, x.high) * (1.0 - lim.trailing))\n        kind, price = bar_exit(", ORACLE),
-    ("the trailing stop loosens", ACCOUNT, "if not side * (p.stop - level) >= 0.0: p.stop = level", "p.stop = level", ORACLE),
+    ("the trailing stop loosens", ACCOUNT, "if not side * (stop - level) >= 0.0: stop = level", "stop = level", ORACLE),
     ("adding to a position loosens its stop", ACCOUNT, "if np.isfinite(level) and not side * (p.stop - level) >= 0.0: p.stop = level",
      "if np.isfinite(level): p.stop = level", ORACLE),
     ("entries before exits", ACCOUNT, "    gap_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log)\n    if reductions(",
@@ -105,6 +111,21 @@ MUTANTS = [
     ("a partial target fires again", ACCOUNT, "            p.target = np.nan\n        if part", "        if part", ORACLE),
     ("a losing streak survives a win", ACCOUNT, "g.streak = g.streak + 1 if p.trip < 0.0 else 0", "g.streak = g.streak + 1 if p.trip < 0.0 else g.streak", ORACLE),
     ("a stop locks nothing", ACCOUNT, "if kind == STOP: s.lock = t + int(lim.lock_bars)", "", ORACLE),
+    # Gliding over quiet bars
+    ("a glide passes a level", ACCOUNT, "if reached(x, held, level, target): break", "", GLIDE),
+    ("a glide passes a margin call", ACCOUNT, "if costs.perp > 0.0 and not cash + worst > costs.maintenance * abs(worst): break", "", GLIDE),
+    ("a glide pays no funding", ACCOUNT, "            cash -= pay\n            paid", "            paid", GLIDE),
+    ("a glide forgets the trailing stop", ACCOUNT, "p.last, p.best, p.stop = last, best, level", "p.last, p.best = last, best", GLIDE),
+    ("a glide waits for its time stop", ACCOUNT, "over = t >= end or", "over =", GLIDE),
+    ("a glide outlives a drawdown", ACCOUNT, "or breached(equity, peak, limit) or breached(equity, base, day_limit)", "or breached(equity, base, day_limit)", GLIDE),
+    ("a glide outlives a bad day", ACCOUNT, "or breached(equity, peak, limit) or breached(equity, base, day_limit)", "or breached(equity, peak, limit)", GLIDE),
+    ("a glide forgets its peak", ACCOUNT, "            if equity > peak: peak = equity\n", "", GLIDE),
+    ("a glide sleeps through midnight", ACCOUNT, "played = over or days[t] > day or", "played = over or", GLIDE),
+    ("a glide hears no wish", ACCOUNT, "days[t] > day or np.isfinite(W[t, 0])", "days[t] > day", GLIDE),
+    ("a glide ignores a waiting order", ACCOUNT, "if s.lots != s.pending or g.state != ACTIVE or g.kill != 0: return", "if g.state != ACTIVE or g.kill != 0: return", GLIDE),
+    ("a glide wakes a halted account", ACCOUNT, "if s.lots != s.pending or g.state != ACTIVE or g.kill != 0: return", "if s.lots != s.pending: return", GLIDE),
+    ("a glide plays a bar twice", ACCOUNT, "if not played: advance(", "if True: advance(", GLIDE),
+    ("a glide counts no returns", ACCOUNT, "a.top, a.max_drawdown, a.sum_ret, a.sum_ret2 = top, deepest, total, squares", "pass", GLIDE),
     # Around the kernel
     ("an interval starts with the last one's cash", BACKTEST, "equity / safe - 1.0), step(1)", "equity / a.capital - 1.0), step(1)",
      f"{FAULTS}::test_f7_no_jump_across_seams"),
