@@ -6,8 +6,8 @@
 __all__ = ['COSTS', 'BAR', 'ACCOUNT', 'POSITION', 'CAUSES', 'POLICY_ORDER', 'TIME_EXIT', 'LIMIT_EXIT', 'END_EXIT', 'FILL',
            'SERIES', 'Costs', 'stress', 'Market', 'pack_market', 'State', 'new_state', 'new_log', 'logged', 'impact',
            'fill_price', 'set_levels', 'end_trip', 'fill', 'adverse', 'at_open', 'stop_point', 'stop_ref',
-           'liquidation_point', 'liquidate', 'gap_exits', 'reductions', 'entries', 'bar_exits', 'mark_one', 'tally',
-           'reached', 'quiet', 'busy', 'advance', 'idle', 'decide', 'record', 'glide', 'run', 'close_out']
+           'liquidation_point', 'liquidate', 'gap_exits', 'reductions', 'entries', 'bar_exits', 'marked', 'mark_one',
+           'tally', 'reached', 'quiet', 'busy', 'advance', 'idle', 'decide', 'record', 'glide', 'run', 'close_out']
 
 # %% ../../nbs/market/00_account.ipynb #22c32cf1
 from dataclasses import dataclass
@@ -356,7 +356,7 @@ def bar_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
 
 # %% ../../nbs/market/00_account.ipynb #714adaf0
 @njit(**KERNEL, inline="always")
-def mark_one(costs, lim, x, q, last, best, stop):
+def marked(costs, lim, x, q, last, best, stop):
     "A position of signed quantity `q` at the close of bar `x`: its gain since `last`, the funding it pays, best price and stop."
     pay = 0.0
     if x.ok != 0.0:
@@ -367,6 +367,18 @@ def mark_one(costs, lim, x, q, last, best, stop):
             if not side * (stop - level) >= 0.0: stop = level
         if costs.perp > 0.0: pay = q * x.mark * x.funding if np.isfinite(x.funding) else abs(q) * x.mark * costs.funding
     return q * (x.mark - last), pay, best, stop
+
+
+@njit(**KERNEL, inline="always")
+def mark_one(costs, lim, a, p, x, lots, lot):
+    "Mark one position of an account at the close of bar `x`. Returns its worth."
+    q = lots * lot
+    gain, pay, p.best, p.stop = marked(costs, lim, x, q, p.last, p.best, p.stop)
+    p.last = x.mark
+    a.price_pnl += gain
+    a.cash -= pay
+    a.funding += pay
+    return q * x.mark
 
 # %% ../../nbs/market/00_account.ipynb #745ebb14
 @njit(**KERNEL, inline="always")
@@ -429,14 +441,7 @@ def advance(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     a.turnover = 0.0
     if not quiet(bars, costs, sym, a, slots, pos, b, t): busy(bars, costs, sym, lim, a, g, slots, pos, b, t, log)
     for n in range(slots.shape[1]):
-        if slots[b, n].lots == 0: continue
-        p, x, q = pos[b, n], bars[t, n], slots[b, n].lots * sym[n].lot
-        gain, pay, p.best, p.stop = mark_one(costs, lim, x, q, p.last, p.best, p.stop)
-        p.last = x.mark
-        a.price_pnl += gain
-        a.cash -= pay
-        a.funding += pay
-        worth += q * x.mark
+        if slots[b, n].lots != 0: worth += mark_one(costs, lim, a, pos[b, n], bars[t, n], slots[b, n].lots, sym[n].lot)
     a.equity = a.cash + worth
     a.top, a.max_drawdown, a.sum_ret, a.sum_ret2 = tally(before, a.equity, a.top, a.max_drawdown, a.sum_ret, a.sum_ret2)
 
@@ -493,7 +498,7 @@ def glide(bars, days, costs, y, lim, a, g, slots, pos, b, t, stop, W, series, lo
             if reached(x, held, level, target): break
             worst = q * adverse(x, held)
             if costs.perp > 0.0 and not cash + worst > costs.maintenance * abs(worst): break
-            gain, pay, best, level = mark_one(costs, lim, x, q, last, best, level)
+            gain, pay, best, level = marked(costs, lim, x, q, last, best, level)
             last = x.mark
             gained += gain
             cash -= pay

@@ -70,7 +70,7 @@ MUTANTS = [
     ("a liquidation costs nothing extra", ACCOUNT, "+ (costs.liq_fee if cause == LIQUIDATION else 0.0)", "", ORACLE),
     ("slippage in our favour", ACCOUNT, "return ref * (1.0 + slip) if qty > 0.0", "return ref * (1.0 + slip) if qty < 0.0", ORACLE),
     ("impact is linear", ACCOUNT, "np.sqrt(min(1.0, abs(qty) / volume))", "min(1.0, abs(qty) / volume)", ORACLE),
-    ("funding is paid to the payer", ACCOUNT, "        a.cash -= pay\n", "        a.cash += pay\n", ORACLE),
+    ("funding is paid to the payer", ACCOUNT, "    a.cash -= pay\n", "    a.cash += pay\n", ORACLE),
     ("unknown funding is free", ACCOUNT, "abs(q) * x.mark * costs.funding", "0.0", ORACLE),
     ("the entry price is the last fill", ACCOUNT, "p.entry = (abs(held) * p.entry + abs(lots) * price) / (abs(held) + abs(lots))", "p.entry = price", ORACLE),
     ("an order fills at the bar's close", ACCOUNT, "down, x.open, max(p.cause", "down, x.close, max(p.cause", ORACLE),
