@@ -74,7 +74,9 @@ def test_every_order_of_the_loop_has_its_record_and_the_trading_is_untouched(tmp
     assert of("stratfam_cycles_total") >= 39 and of("stratfam_equity_usdt") > 0 and of("stratfam_gate_state", {"state": loop.mirror.status}) == 1.0
     assert of("stratfam_unknown_orders") == 0.0 and of("stratfam_position_lots", {"symbol": "BTCUSDT"}) == float(loop.mirror.lots[0])
     assert not any("failed" in k for d in c.dispatchers.values() for k in d.counts) and c.close() == []
-    kinds = {json.loads(line)["event"] for line in (tmp_path / "e.jsonl").read_text().splitlines()}
+    told = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    kinds = {e["event"] for e in told}
+    assert [e for e in told if e["event"] == "error" and e["where"] == "loop"] == []
     assert {"cycle", "decision", "order", "fill", "state"} <= kinds
 
 
@@ -88,6 +90,5 @@ def test_a_halt_by_chat_halts_the_loop_and_the_chat_hears_of_it(tmp_path):
     venue.env.clock.advance(5)
     c.pump()
     assert loop.mirror.status == "HALTED" and not loop.mirror.lots.any() and time.monotonic() - began < 60
-    print(chat.said, c.dispatchers["telegram 1"].counts, [t.line() for t in c.dispatchers["telegram 1"].listeners[0].waiting.values()])
     assert "HALT handed" in chat.said[0] and any("state HALTED" in t and "by hand" in t for t in chat.said[1:])
     assert c.board.status().splitlines()[1] == "state: HALTED"
