@@ -31,7 +31,7 @@ from .permit import Controls, Permit
 from .plan import Room, Want, entries, reductions, worst_notional
 from .venues import Grid, Venue
 from ..weex.replies import Kline
-from ..weex.wire import ACK, WeexError
+from ..weex.wire import ACK, UNKNOWN, WeexError
 
 # %% ../../nbs/trading/04_loop.ipynb #fbeb3d10
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _start(self: Loop) -> None:
     capital = venue_cash(snap) + float(sum(p.quantity * p.entry * (1 if p.side == "LONG" else -1) for p in snap.positions))
     if not capital > 0: raise ConfigError(f"the account at {self.venue.name} holds {capital:g}; fund it first.")
     self.mirror = Mirror(s.symbols, s.limits, grids, capital, s.step, s.costs.reserve, s.costs.maintenance)
-    self.desk = Desk(s.run, self.venue, self.journal, self.mirror, self.tell, self.point)
+    self.desk = Desk(s.run, self.venue, self.journal, self.mirror, self.env.clock, self.tell, self.point)
     self.desk.recover()
     self.desk.blocked |= {x: "DELISTED" for x in s.symbols if x not in found}
     self.state = self.policy.reset(1, s.seed)
@@ -196,7 +196,8 @@ def _moment(self: Loop) -> tuple[str, str, dict]:
     "The state entry."
     row = lambda g: [str(g.step), str(g.tick), str(g.min_qty), str(g.max_qty), str(g.min_notional), g.max_leverage, g.maker, g.taker]
     return ("state", "", {"mirror": self.mirror.dump(), "bar_ms": self.bar_ms, "blocked": self.desk.blocked,
-                          "grids": {x: row(g) for x, g in self.mirror.grids.items()}, "policy": frozen(self.state), "state": self.mirror.status})
+                          "since_ms": self.desk.since_ms, "grids": {x: row(g) for x, g in self.mirror.grids.items()},
+                          "policy": frozen(self.state), "state": self.mirror.status})
 
 
 Loop.moment = _moment
@@ -377,6 +378,7 @@ def _fits(self: Loop, w: Want, mid: np.ndarray, room: Room) -> bool:
     "Would the book stay within its limits if everything on its way, and this, were filled?"
     if self.desk.lots_open("EXIT", "FLATTEN"): self.desk.reconcile()
     if self.mirror.gate["state"] != ACTIVE or not self.desk.clean or self.desk.unwritten: return False
+    if any(l.body["symbol"] == w.symbol and l.outcome == UNKNOWN for l in self.desk.sent): return False
     price = np.where(np.isfinite(mid), mid, self.closes)
     worst = worst_notional(self.setup.symbols, self.mirror.lots, self.desk.lots_open("ENTRY"), price, self.mirror.rules.sym["lot"])
     return worst <= min(room.max_leverage * room.equity, room.max_notional) * (1 + 1e-9)
@@ -387,15 +389,23 @@ Loop._fits = _fits
 # %% ../../nbs/trading/04_loop.ipynb #0f9ec6de
 def _step(self: Loop) -> float: # Seconds until there is something to do
     "One step."
-    s, now = self.setup, self.venue.now_ms()
-    close = (now - int(s.grace_s * 1000)) // s.step_ms * s.step_ms
     self.poll()
-    if close > self.bar_ms and not self._turn(close): return 1.0
-    return max(0.05, min(s.poll_s, (close + s.step_ms + s.grace_s * 1000 - self.venue.now_ms()) / 1000))
+    if self._close() > self.bar_ms and not self._turn(): return 1.0
+    left = self._close() + self.setup.step_ms + self.setup.grace_s * 1000 - self.venue.now_ms()
+    return max(0.05, min(self.setup.poll_s, left / 1000))
+
+
+def _close(self: Loop) -> int: # ms
+    "The last close whose bar may be asked for, by venue time."
+    return (self.venue.now_ms() - int(self.setup.grace_s * 1000)) // self.setup.step_ms * self.setup.step_ms
 
 # %% ../../nbs/trading/04_loop.ipynb #77a810d4
-def _turn(self: Loop, close_ms: int) -> bool: # Done with this close
+def _turn(self: Loop) -> bool: # Done with the last close
     "Decide on a close, once its bars are there; or give it up."
+    self.point("turn")
+    try: self.venue.sync()
+    except WeexError as e: return bool(self.tell("error", where="clock", text=str(e)))
+    if (close_ms := self._close()) <= self.bar_ms: return True
     missing, s = self.fetch(close_ms), self.setup
     late = (self.venue.now_ms() - close_ms) / 1000
     if late <= s.ttl_s and (missing or not self.desk.clean) and late < s.grace_s + s.patience_s: return False
@@ -416,7 +426,7 @@ def _again(self: Loop) -> None:
     self.desk.submit([w for w in wants if self.desk.refused.get((w.symbol, "EXIT"), 0) < 3 and w.symbol not in self.desk.drift], self.bar_ms)
 
 
-Loop.step, Loop._turn, Loop._again = _step, _turn, _again
+Loop.step, Loop._close, Loop._turn, Loop._again = _step, _close, _turn, _again
 
 # %% ../../nbs/trading/04_loop.ipynb #5fa9e547
 def _run(self: Loop, until_ms: int | None = None) -> None: # Venue time; None = until stopped

@@ -95,7 +95,10 @@ def _mark(self: Mirror, row: np.ndarray, # (N,) records of the kernel's `BAR`: a
     if close_ms <= self.marked_ms: return
     for n in np.flatnonzero(self.lots):
         if not math.isfinite(row[n]["mark"]): continue
-        mark_one(_NO_COSTS, self.rules.lim[0], self.account, self.pos[n], row[n], int(self.lots[n]), self.rules.sym[n]["lot"])
+        p, q = self.pos[n], float(self.lots[n] * self.rules.sym["lot"][n])
+        gain, _, p["best"], p["stop"] = mark_one(_NO_COSTS, self.rules.lim[0], row[n], q, p["last"], p["best"], p["stop"])
+        self.account["price_pnl"] += gain
+        p["last"] = row[n]["mark"]
     self.marked_ms = close_ms
 
 # %% ../../nbs/trading/01_mirror.ipynb #8f4e7ce6
@@ -114,6 +117,7 @@ def _decide(self: Mirror, wish: Decision, # For one account
             held: bool) -> None: # True: a NaN wish is a deliberate hold
     "Account limits, gate and time stop; targets and reasons are in `slots`."
     day, t = close_ms // 86_400_000, close_ms // self.step_ms - 1
+    self.state.slots["pending"] = self.state.slots["lots"] # What the last decision wanted and did not get is forgotten
     decide(day, self.rules.sym, self.rules.lim[0], self.account, self.gate, self.state.slots, self.state.pos, 0, t, senses.sense, senses.context,
            senses.corr, senses.on[0], row, wish.weight, wish.confidence, 0, held, self.work)
 

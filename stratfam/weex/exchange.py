@@ -518,6 +518,7 @@ def finish(x: Exchange, o: dict, status: str) -> None:
     a, m = o["account"], o["market"]
     if not a.orders.pop(o["id"], None): return
     m.resting.pop(o["id"], None)
+    if o["status"] == "PENDING": m.waiting = [w for w in m.waiting if w is not o]
     o["status"], o["updated"] = status, x.now // 1_000_000
     if o["closing"]:
         p = a.positions.get((m.symbol, o["pos"]))
@@ -756,7 +757,6 @@ def liquidate(x: Exchange, a: Account, p: dict, ticks: int) -> None:
     x.bankrupt += 1
     a.bills.append((x.new_id(), a.asset, a.name_of(m), 0, "start_liquidate", a.wallet, 0, x.now // 1_000_000))
     for o in [o for o in a.orders.values() if o["market"] is m and o["pos"] == pos]:
-        if o["status"] == "PENDING": m.waiting.remove(o)
         finish(x, o, "CANCELED")
     now = x.now // 1_000_000
     o = {"id": x.new_id(), "client": "", "account": a, "market": m, "side": -pos, "pos": pos, "kind": "MARKET", "lots": p["lots"], "price": 0,
@@ -872,6 +872,7 @@ def _bar_open(x: Exchange, f: Feed, t: int) -> None:
         if m.live and m.waiting:
             waiting, m.waiting = m.waiting, []
             for o in waiting:
+                if o["id"] not in o["account"].orders: continue
                 o["status"] = "NEW"
                 _execute(x, o)
 
