@@ -93,4 +93,5 @@ clean: ## remove everything that can be made again, the environment included
 	rm -rf $(VENV) _proc _docs .pytest_cache .ruff_cache .hypothesis .coverage build stratfam.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup setup-all demo train-btc train-ensemble infer-safe backtest test proof docs docs-test readme picture export lint drift hooks bench soak lock clean
+.PHONY: help setup setup-all demo train-btc train-ensemble infer-safe backtest test proof docs docs-test readme picture export lint drift hooks \
+	bench soak lock clean

@@ -52,10 +52,10 @@ def scheduler_row(n=300):
     return row(f"scheduler overhead a job, loky, 2 workers, {n} jobs", each, "ms", "< 20 ms", each < 20)
 
 
-def search_row(trials=40, seeds=5):
-    "A whole search: asking, jobs, results, ledger, papers; the ledger keeps a year of hours for every trial and seed."
+def search_row(trials=20, seeds=5):
+    "A whole search: asking, jobs, results, ledger, papers; the ledger keeps every trial and seed."
     with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger.db") as book:
-        task = market(8_760)
+        task = market(2_500)
         warm(place(task, Path(folder) / "study" / "market", "loky", 2))
         design, n = Design(cv="kcv", groups=3, trials=trials, seeds=seeds, batch=trials, embargo="2d"), trials * seeds + 3
         start = time.perf_counter()
