@@ -3,6 +3,8 @@
     python tools/build_docs.py             _docs/html, offline
     python tools/build_docs.py --readme    only README.md, from nbs/index.ipynb
 """
+import hashlib
+import html
 import importlib
 import json
 import math
@@ -72,6 +74,28 @@ def process(path, base):
     return dest
 
 
+def formula(match):
+    "A TeX formula as an inline picture that takes the text's colour: MathJax would come from another server."
+    import io
+
+    from matplotlib import rc_context
+    from matplotlib.mathtext import math_to_image
+    out = io.BytesIO()
+    with rc_context({"svg.fonttype": "path", "mathtext.fontset": "cm", "svg.hashsalt": "stratfam"}):
+        depth = math_to_image(f"${match[1]}$", out, format="svg", color="#010203")
+    text = out.getvalue().decode()
+    svg = re.sub(r"<metadata>.*?</metadata>|\s*\n\s*", " ", text[text.index("<svg"):], flags=re.S).replace("#010203", "currentColor")
+    prefix = hashlib.sha256(match[1].encode()).hexdigest()[:6]  # glyphs have ids, and a page has many formulas
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(match[1], quote=True)}" style="vertical-align:{-depth:.1f}pt"', 1)
+
+
+def pictured(src):
+    "Markdown with its formulas drawn; code, and dollars that are money, stay."
+    parts = re.split(r"(```.*?```|`[^`\n]*`)", src, flags=re.S)
+    return "".join(p if i % 2 else re.sub(r"(?<![\\\w$])\$([^\s$](?:[^$\n]*[^\s$])?)\$(?![\d$])", formula, p) for i, p in enumerate(parts))
+
+
 def _cell(c, path, seen):
     "One processed cell as Sphinx should see it, or None to drop it."
     src = "".join(c["source"])
@@ -79,7 +103,7 @@ def _cell(c, path, seen):
         front = yaml.safe_load(src.strip().strip("-")) or {}
         head = f"# {front.get('title', path.stem)}\n"
         return dict(c, cell_type="markdown"), head + (f"\n> {front['description']}\n" if front.get("description") else "")
-    if c["cell_type"] == "markdown": return None if src.startswith("<!-- WARNING") else (c, src)
+    if c["cell_type"] == "markdown": return None if src.startswith("<!-- WARNING") else (c, pictured(src))
     if "show_doc(" in src and "echo: false" in src:  # a markdown cell, so that its heading reaches contents and search
         md = "".join("".join(o["data"]["text/markdown"]) for o in c["outputs"])
         if md in seen: return None
@@ -98,6 +122,8 @@ def polish(path, base):
         if kept is None: continue
         c, src = kept
         src = re.sub(r"\]\(" + re.escape(base) + r"([\w/]+\.html)", lambda m: f"]({up}{m[1]}", src)
+        src = re.sub(r"\[`([^`]+)`\]\([^)]*#(?:\w+\.)?_\w+\)", r"`\1`", src)  # private names have no place on a page
+        src = re.sub(r"(\]\([^)\s]*\.html#\w+)\.\w+\)", r"\1)", src)  # a method's place is its class
         src = src.replace('href="SOURCE/', f'href="{up}source/')
         src = re.sub(r"\[`([^`]+)`\]\(((?:\.\./)*[\w/]+\.html#[\w.]+)\)", r'<a href="\2"><code>\1</code></a>', src)
         c["source"] = src.splitlines(True)
@@ -205,7 +231,7 @@ def bench_page():
 SOURCE_STYLE = """pre { line-height: 1.4; font-size: 13px; overflow-x: auto } body { margin: 1rem; font-family: system-ui } a { color: inherit }
 :target { background: #ffe9a8 }"""
 
-def write_sources(html):
+def write_sources(site):
     "The exported modules as pages with line anchors: what the `source` links point at."
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
@@ -216,11 +242,12 @@ def write_sources(html):
     package = ROOT / "stratfam"
     for path in sorted(package.rglob("*.py")):
         if path.stem == "_modidx": continue
-        dest = html / "source" / path.relative_to(package).with_suffix(".html")
+        dest = site / "source" / path.relative_to(package).with_suffix(".html")
         dest.parent.mkdir(parents=True, exist_ok=True)
-        name, up = ".".join(["stratfam", *path.relative_to(package).with_suffix("").parts]), "../" * len(dest.relative_to(html).parts[:-1])
+        name, up = ".".join(["stratfam", *path.relative_to(package).with_suffix("").parts]), "../" * len(dest.relative_to(site).parts[:-1])
         body = highlight(path.read_text(encoding="utf-8"), PythonLexer(), light)
-        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title><style>{style}</style>'
+        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">' \
+               f'<title>{name}</title><style>{style}</style>'
         top = f'<p><a href="{up}index.html">stratfam</a> / {name}</p>'
         dest.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{top}{body}</body></html>', encoding="utf-8")
 
@@ -262,10 +289,10 @@ def main(readme_only):
     shutil.copy(ROOT / "docs" / "conf.py", OUT / "conf.py")
     shutil.copytree(ROOT / "docs" / "_static", OUT / "_static")
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
-    html = ROOT / "_docs" / "html"
-    subprocess.run([sys.executable, "-m", "sphinx", "-q", "-b", "html", str(OUT), str(html)], check=True)
-    write_sources(html)
-    print("docs:", html / "index.html")
+    site = ROOT / "_docs" / "html"
+    subprocess.run([sys.executable, "-m", "sphinx", "-q", "-b", "html", str(OUT), str(site)], check=True)
+    write_sources(site)
+    print("docs:", site / "index.html")
     if failed: sys.exit("These notebooks failed and have no page:\n" + "\n".join(failed))
 
 
