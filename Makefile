@@ -40,6 +40,12 @@ proof: setup-all ## planted bugs, many seeds, learning, tutorials, the docs site
 docs: setup-all ## the documentation site, offline, in _docs/html
 	$(PY) -W ignore tools/build_docs.py
 
+docs-test: setup-all ## every page of the built site in a headless Chromium, at phone and desktop width (run `make docs` first)
+	@test -f _docs/html/index.html || { echo "no site yet: run make docs"; exit 1; }
+	$(PY) -c 'import playwright' 2>/dev/null || $(PY) -m uv pip install -q -p $(PY) playwright || $(PY) -m pip install -q playwright
+	@command -v chromium chromium-browser google-chrome >/dev/null || $(PY) -m playwright install --with-deps chromium
+	$(PYTEST) tests/test_docs_site.py
+
 readme: setup ## README.md from nbs/index.ipynb
 	$(PY) -W ignore tools/build_docs.py --readme
 
@@ -87,4 +93,5 @@ clean: ## remove everything that can be made again, the environment included
 	rm -rf $(VENV) _proc _docs .pytest_cache .ruff_cache .hypothesis .coverage build stratfam.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup setup-all demo train-btc train-ensemble infer-safe backtest test proof docs readme picture export lint drift hooks bench soak lock clean
+.PHONY: help setup setup-all demo train-btc train-ensemble infer-safe backtest test proof docs docs-test readme picture export lint drift hooks \
+	bench soak lock clean

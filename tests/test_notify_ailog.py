@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections import Counter
 from decimal import Decimal as D
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from stratfam.config import NotifySettings, Settings
 from stratfam.core import Bars, Env, VirtualClock
 from stratfam.risk.gate import Reason
 from stratfam.trading.ailog import (
-    BACKLOG, DONE, GIVEN_UP, HELD, VOID, WAITING, AiLog, AiLogError, explain, record_of, upload_client,
+    BACKLOG, DONE, GIVEN_UP, HELD, VOID, WAITING, AiLog, AiLogError, _fit, explain, record_of, upload_client,
 )
 from stratfam.trading.contact import open_contact
 from stratfam.trading.notify import Dispatcher
@@ -69,7 +70,7 @@ def decision(bar="bar 0", **more):
     return {"kind": "decision", "bar": bar, "policy": "ppo-0001", "input": "ab" * 32, "symbols": {"BTCUSDT": wish}} | more
 
 
-ORDER = {"kind": "order", "bar": "bar 0", "symbol": "BTCUSDT", "side": "BUY", "quantity": "1", "client_id": "a", "order_id": "1", "outcome": "ACK"}
+ORDER = {"kind": "order", "symbol": "BTCUSDT", "side": "BUY", "quantity": "1", "client_id": "a", "order_id": "1", "outcome": "ACK"}
 
 
 # Against the simulated exchange.
@@ -148,6 +149,7 @@ def test_a_contact_uploads_with_its_own_budget_and_an_order_pays_nothing(tmp_pat
     for n in range(40):
         for e in v.order(n): c.observe(e)
         v.clock.advance(2)
+    assert {k: w.limit for k, w in upload_client(v.client).limiter.windows.items()} == {"ip": 5, "uid": 5}
     used = {k: w.used for k, w in v.client.limiter.windows.items()}
     before = v.clock.monotonic()
     for _ in range(100):
@@ -169,6 +171,46 @@ def test_an_upload_that_hangs_never_holds_an_order(tmp_path):
     assert time.perf_counter() - began < 1.0
     stuck.set()
     assert d.close(30)
+
+
+class Entry(NamedTuple):
+    "As the journal has them."
+    kind: str
+    key: str
+    body: dict
+    time_ms: int
+
+
+def test_the_journal_fills_in_what_a_crash_or_a_full_queue_lost(tmp_path):
+    "Orders that were never told, told before, found later or never sent: after a start from the journal each has its record, once."
+    v = Venue()
+    wanted = Settings(notify=NotifySettings(log=None, ai_log=tmp_path / "a.db"))
+    c = open_contact(wanted, v.env, client=v.client, symbols=("BTCUSDT",), policy="ppo-0001")
+    told = v.order(0)
+    for e in told: c.observe(e)
+    c.pump()
+    assert c.close() == []
+    entries = [Entry("start", "0", {"symbols": ["BTCUSDT"]}, 1)]
+    for n in (0, 1, 2):
+        order = told[1] if n == 0 else v.order(n)[1] if n == 1 else {"client_id": "sf0002", "order_id": ""}
+        entries += [Entry("decision", str(n), {"bar_ms": 3_600_000 * (n + 1), "weight": [0.5], "confidence": [0.8], "held": [0], "target": [20],
+                                               "reasons": [["VOLATILITY"]], "input": "ab12"}, 2),
+                    Entry("intent", order["client_id"], {"symbol": "BTCUSDT", "purpose": "ENTRY", "side": "BUY", "quantity": "0.01", "lots": 10,
+                                                         "bar_ms": 3_600_000 * (n + 1)}, 3),
+                    Entry("outcome", order["client_id"], {"outcome": "UNKNOWN", "order_id": "", "error": "timeout"}, 4),
+                    Entry("end", order["client_id"], {"end": "never_sent", "filled": 0}, 5) if n == 2 else
+                    Entry("outcome", order["client_id"], {"outcome": "ACK", "order_id": order["order_id"]}, 5)]
+    again = open_contact(wanted, v.env, client=v.client, symbols=("BTCUSDT",), policy="ppo-0001")
+    for _ in range(2): again.backfill(entries)
+    for _ in range(20):
+        v.clock.advance(2)
+        again.pump()
+    assert again.ai_log.totals() == {HELD: 0, WAITING: 0, DONE: 2, GIVEN_UP: 0, VOID: 1}
+    assert [r["orderId"] for r in v.logs] == [o["id"] for o in v.orders] and len(v.logs) == 2
+    assert all(r["model"] == "ppo-0001" for r in v.logs)
+    assert "+20 lots; held before: +0 lots" in v.logs[1]["explanation"] and "bar 1970-01-01T02:00" in v.logs[1]["explanation"]
+    again.backfill([Entry("decision", "x", None, 1), object()])  # trouble is reported, not raised
+    assert any("could not be filled" in e.get("error", "") for d in again.dispatchers.values() for e in d.queue) and again.close() == []
 
 
 # The file.
@@ -271,7 +313,7 @@ def test_what_a_row_becomes(reports, status, memory, tmp_path):
     log.take(decision())
     for r in reports.split():
         outcome, order_id = r.split("/")
-        log.take(ORDER | {"outcome": outcome, "order_id": order_id or None})
+        log.take(ORDER | {"bar": "bar 0", "outcome": outcome, "order_id": order_id or None})
     write()
     row, = log.rows()
     assert (row["status"], row["order_id"]) == (status, "7" if status == WAITING else None)
@@ -326,6 +368,27 @@ def test_a_damaged_file_is_refused_with_a_cure_and_kept(content, tmp_path):
     assert (tmp_path / "a.db").read_bytes() == content
 
 
+def test_an_order_heard_of_before_its_decision_waits_for_it_a_minute_at_most(tmp_path):
+    clock = VirtualClock()
+    log = AiLog(tmp_path / "a.db", lambda *a: Outcome(ACK), Env(clock), gap_s=1e9)
+    models = lambda: [json.loads(r["body"])["model"] for r in log.rows()]
+    for key, more in (("a", {}), ("b", {"bar": "bar 9"}), ("c", {"purpose": "STOP"})):
+        log.take(ORDER | {"bar": "bar 0", "client_id": key, "order_id": f"id {key}"} | more)
+    assert models() == ["stratfam risk rules"], "a stop has no decision to wait for"
+    log.take(decision())
+    assert models() == ["stratfam risk rules", "ppo-0001"]
+    clock.advance(59)
+    log.tick(clock.monotonic())
+    assert len(models()) == 2
+    clock.advance(2)
+    log.tick(clock.monotonic())
+    assert len(models()) == 3 and not log.early
+    log.take(ORDER | {"bar": "bar 8", "client_id": "d", "order_id": "id d"})
+    log.close()
+    again = AiLog(log.path, lambda *a: Outcome(ACK), Env(clock))
+    assert len(again.rows()) == 4, "closing writes what waits"
+
+
 # The words.
 
 VALUE = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=2000) | st.lists(st.text(max_size=40), max_size=40)
@@ -340,6 +403,12 @@ def test_any_facts_make_a_short_plain_explanation(order, wish, about):
     assert 0 < len(text) <= 1000 and text.isascii() and "\n" not in text and text == explain(order, wish, about)
     table = {"symbols": {order["symbol"]: wish}} if isinstance(order.get("symbol"), str) else {}
     json.dumps(record_of(order, about | table)._asdict(), allow_nan=False)
+
+
+def test_sentences_are_kept_whole_up_to_exactly_a_thousand_characters():
+    half = "a" * 499 + "."
+    assert _fit([half, "b" * 498 + "."]) == f"{half} {'b' * 498}." and _fit([half, "b" * 499 + "."]) == half
+    assert _fit(["c" * 1000]) == "c" * 1000 and _fit(["c" * 1001]) == "c" * 996 + " ..."
 
 
 def test_the_explanation_names_every_fact_and_nothing_else():

@@ -270,7 +270,7 @@ def test_a_table_of_weights_is_walked_and_checked(bars_folder, tmp_path, capsys)
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(bars_folder, tmp_path):
     "A training in its own process, interrupted as a user would, then run again: the policy equals one that was never interrupted."
     out = tmp_path / "ppo"
-    command = [sys.executable, "-m", "stratfam.cli", "train", "ppo", bars_folder, "--features", ",".join(NAMES), "--no-calibrate", "--steps", "60000"]
+    command = [sys.executable, "-m", "stratfam.cli", "train", "ppo", bars_folder, "--features", ",".join(NAMES), "--no-calibrate", "--steps", "24000"]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     child = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     line = child.stderr.readline()
