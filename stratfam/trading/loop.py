@@ -379,6 +379,7 @@ def _fits(self: Loop, w: Want, mid: np.ndarray, room: Room) -> bool:
     if self.desk.lots_open("EXIT", "FLATTEN"): self.desk.reconcile()
     if self.mirror.gate["state"] != ACTIVE or not self.desk.clean or self.desk.unwritten: return False
     if any(l.body["symbol"] == w.symbol and l.outcome == UNKNOWN for l in self.desk.sent): return False
+    if self.mirror.lots[self.mirror.index(w.symbol)] * w.lots < 0: return False # The exit before it was filled in part only (R11)
     price = np.where(np.isfinite(mid), mid, self.closes)
     worst = worst_notional(self.setup.symbols, self.mirror.lots, self.desk.lots_open("ENTRY"), price, self.mirror.rules.sym["lot"])
     return worst <= min(room.max_leverage * room.equity, room.max_notional) * (1 + 1e-9)
