@@ -16,7 +16,7 @@ NONE_OK := || [ $$? -eq 5 ]
 TUTORIALS := $(wildcard nbs/tutorials/*.ipynb nbs/explore/*.ipynb)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv: Python 3.11+ is all it needs
 	@tools/setup.sh dev
@@ -40,11 +40,33 @@ proof: setup-all ## planted bugs, many seeds, learning, tutorials, the docs site
 docs: setup-all ## the documentation site, offline, in _docs/html
 	$(PY) -W ignore tools/build_docs.py
 
+docs-test: setup-all ## every page of the built site in a headless Chromium, at phone and desktop width (run `make docs` first)
+	@test -f _docs/html/index.html || { echo "no site yet: run make docs"; exit 1; }
+	$(PY) -c 'import playwright' 2>/dev/null || $(PY) -m uv pip install -q -p $(PY) playwright || $(PY) -m pip install -q playwright
+	@command -v chromium chromium-browser google-chrome >/dev/null || $(PY) -m playwright install --with-deps chromium
+	$(PYTEST) tests/test_docs_site.py
+
 readme: setup ## README.md from nbs/index.ipynb
 	$(PY) -W ignore tools/build_docs.py --readme
 
 picture: setup ## the README's picture, from the newest run of the demo (or RUN=folder)
 	cp "$${RUN:-$$(ls -d reports/runs/*-demo-* | tail -n 1)}/validation_results.png" nbs/images/demo.png
+
+# DATA=folder of bars; without it the settings' folder, STRATFAM_DATA or the local store (fill it: stratfam data download BTCUSDT ETHUSDT --step 1h).
+BARS = $(if $(DATA),'$(DATA)')
+POLICY ?= models/btc
+
+train-btc: setup ## train branch B's baseline on BTCUSDT by the hour; saved in models/btc, resumable after Ctrl-C
+	$(BIN)/stratfam train baseline $(BARS) --symbols BTCUSDT --step 1h --out models/btc
+
+train-ensemble: setup ## train branch B's ensemble on BTCUSDT and ETHUSDT; members chosen out of fold; saved in models/ensemble
+	$(BIN)/stratfam train ensemble $(BARS) --symbols BTCUSDT,ETHUSDT --step 1h --out models/ensemble
+
+infer-safe: setup ## what POLICY (default models/btc) says of the newest closed bars, through the gate; sends nothing
+	$(BIN)/stratfam infer '$(POLICY)' $(BARS)
+
+backtest: setup ## walk POLICY (default models/btc), a rule or a CSV of weights; writes a page
+	$(BIN)/stratfam backtest '$(POLICY)' $(BARS) --report
 
 export: setup ## clean the notebooks, then write stratfam/ from them
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
@@ -71,4 +93,5 @@ clean: ## remove everything that can be made again, the environment included
 	rm -rf $(VENV) _proc _docs .pytest_cache .ruff_cache .hypothesis .coverage build stratfam.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup setup-all demo test proof docs readme picture export lint drift hooks bench soak lock clean
+.PHONY: help setup setup-all demo train-btc train-ensemble infer-safe backtest test proof docs docs-test readme picture export lint drift hooks \
+	bench soak lock clean

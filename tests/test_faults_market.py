@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stratfam.core import Bars, Decision, Features, bars_per_year
+from stratfam.core import Bars, DataError, Decision, Features, ObservationSpec, bars_per_year
 from stratfam.market.account import Costs, decide, new_log, new_state
 from stratfam.market.backtest import (annual_sharpe, arena, backtest, backtest_frame, backtest_weights, decide_accounts, frame_bars,
                                       step_accounts, walk)
@@ -113,3 +113,52 @@ def test_live_and_backtest_share_one_compiled_gate():
         np.testing.assert_array_equal(live.why, st.slots["why"][0])
         ordered += int((live.lots != st.slots["lots"][0]).any())
     assert ordered > 15 and rm.state == "HALTED" == STATES[st.gate["state"][0]], "the walk must see orders and a halt"
+
+
+class Moody:
+    "Wants half of everything three times, and then fails."
+    spec = ObservationSpec(("one",), window=1)
+    def reset(self, B, seed): return 0
+    def act(self, obs, state):
+        if state == 3: raise ValueError("no opinion")
+        return Decision(np.full((len(obs), 1), 0.5), np.ones((len(obs), 1))), state + 1
+
+
+def test_a_policy_that_raises_is_heard():
+    "Each interval keeps when its policy first raised, what it said and how often; elsewhere nothing is claimed."
+    b = bars(T=40, N=1)
+    ones = Features(np.ones((40, 1, 1)), ("one",), 0)
+    short, long_ = walk(Moody(), arena(b, limits_from(**LOOSE)), ones, [(0, 3), (10, 40)])
+    assert "POLICY_RAISED" not in set(short.gate_events["reason"])
+    said = long_.gate_events.set_index("reason").loc["POLICY_RAISED"]
+    assert said["time"] == b.time[13] and said["detail"] == "ValueError: no opinion" and said["symbol"] == "*"
+    assert said["bars"] == 26 and (long_.gate_events.set_index("reason")["detail"].drop("POLICY_RAISED") == "").all()
+
+
+@pytest.mark.parametrize("impact", [0.0, 0.05, 2.0, 10.0])
+def test_spot_cash_is_never_below_zero(impact):
+    "All-in orders larger than the bar's volume: what the open and the order's own impact cost is kept back, and no sale fetches less than nothing."
+    b, rng = bars(T=300, N=2), np.random.default_rng(4)
+    W = np.where(rng.random((300, 2)) < 0.3, rng.choice([0.0, 0.5, 1.0], (300, 2)), np.nan)
+    a = arena(b, limits_from(stop_loss=0.01, **LOOSE), Costs(impact=impact, slippage_bps=50), Lots(1e-6), 5e4)
+    found = backtest_weights(W, a)
+    cash = found.equity * (1 - found.weight.sum(1))
+    assert cash.min() >= -1e-9 * a.capital and found.equity.min() >= 0 and len(found.trades) > 3
+    assert impact > 0 or cash.min() < 1e-3 * a.capital, "an account that never spends its cash would prove nothing"
+
+
+def test_signals_from_a_csv(tmp_path):
+    "A CSV of weights gives what the same frame gives, to the bit; times with a zone are read as UTC; misfits are named."
+    prices = pd.DataFrame(bars().close, pd.date_range("2023-01-01", periods=400, freq="1h"), ["BTC", "ETH"])
+    wish = pd.DataFrame({"BTC": 0.5, "ETH": [0.25, np.nan] * 20}, index=prices.index[::10])
+    path = tmp_path / "signals.csv"
+    wish.to_csv(path)
+    by_frame = backtest_frame(prices, wish)
+    assert len(by_frame.trades) > 1
+    for source in (path, str(path)): np.testing.assert_array_equal(backtest_frame(prices, source).equity, by_frame.equity)
+    wish.tz_localize("UTC").tz_convert("Asia/Tokyo").to_csv(path)
+    np.testing.assert_array_equal(backtest_frame(prices, path).equity, by_frame.equity)
+    for bad, message in ((wish.rename(columns={"ETH": "XRP"}), "XRP"), (wish[["BTC"]], "ETH"), (pd.concat([wish, wish[:1]]), "distinct"),
+                         (wish.set_axis(list("ab") * 20), "index"), (wish.set_axis(wish.index + pd.Timedelta("7min")), "no bar")):
+        bad.to_csv(path)
+        with pytest.raises(DataError, match=message): backtest_frame(prices, path)

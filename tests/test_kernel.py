@@ -172,3 +172,29 @@ def test_kernel_equals_oracle(seed):
 @given(st.integers(0, 2**48))
 def test_kernel_equals_oracle_many(seed):
     compare(seed)
+
+
+def silence(seed):
+    "One symbol, 300 bars, a signal now and then: what `glide` passes over, ended by every limit and protective exit."
+    rng = np.random.default_rng(seed)
+    perp = seed % 2 == 1
+    bars = market(rng, 300, 1, perp, float(rng.choice([0.3, 1.0])), 0.02)
+    rules = dict(max_drawdown=some(rng, 0.03), daily_loss=some(rng, 0.01), daily_loss_halts=bool(rng.random() < 0.2), trailing=some(rng, 0.03),
+                 stop_loss=some(rng, 0.02), take_profit=some(rng, 0.03), max_bars=some(rng, 20, 0.3), lock_bars=3)
+    lev = float(rng.choice([1.0, 5.0, 20.0])) if perp else 1.0
+    W = np.where(rng.random((300, 1)) < 0.04, rng.choice([lev, lev / 2, 0.0, -lev], (300, 1)), np.nan)
+    limits = limits_from(max_leverage=lev, max_weight=lev, liq_distance=0.0, **rules)
+    return bars, limits, Costs(maintenance=0.02), Lots(0.001), W, np.ones((300, 1)), {}, True
+
+
+def test_glide_equals_single_bars():
+    "Long silences in one call and bar by bar, through functions that know no shortcut: equal to the last bit."
+    states, causes = [], set()
+    for seed in range(120):
+        args = silence(seed)
+        _, _, _, fills, whole = run_kernel(*args, step=300)
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(whole, run_bars(*args))), f"seed {seed}"
+        states.append(STATES[whole.gate["state"][0]])
+        causes |= {CAUSES[c] for c in fills["cause"]}
+    assert min(states.count(s) for s in ("ACTIVE", "HALTED")) > 10
+    assert causes == {"LIQUIDATION", "STOP", "TARGET", "POLICY", "TIME_STOP", "LIMIT"}, "every end of a silence must occur"

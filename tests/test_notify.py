@@ -19,7 +19,7 @@ from stratfam.config import NotifySettings, Secrets, Settings
 from stratfam.core import ConfigError, Env, VirtualClock
 from stratfam.trading.contact import open_contact, run_redactor
 from stratfam.trading.notify import (
-    LEVELS, MAX_TEXT, MAX_TOPICS, AppriseChannel, Dispatcher, Guard, JsonLog, Message, Notifier, Redactor, headline, level_of, plain,
+    LEVELS, MAX_TEXT, MAX_TOPICS, AppriseChannel, Dispatcher, Guard, JsonLog, Message, Notifier, Redactor, canonical, headline, level_of, plain,
 )
 
 TOKEN = "987654321:AAcanary-token_0123456789-abcdefghijk"
@@ -121,6 +121,18 @@ EVENT = st.dictionaries(st.sampled_from("kind time level state error where symbo
                         ANY | st.sampled_from(("order", "state", "error", "HALTED", "UNKNOWN")), max_size=9)
 
 
+RAW = st.dictionaries(st.sampled_from("kind time_ms bar_ms text end id lots symbols weight confidence held target reasons state".split()),
+                      ANY | st.sampled_from(("order", "decision", "cycle", "state", "error", "HALTED (KILL)")) | st.just(1767618000000), max_size=9)
+
+
+@settings(max_examples=300, deadline=None)
+@given(RAW, st.lists(st.text(max_size=3), max_size=2))
+def test_any_raw_event_becomes_canonical_once(event, symbols):
+    once = canonical(event, symbols, "p")
+    assert event.keys() <= once.keys()
+    assert json.dumps(plain(canonical(once, symbols, "p"))) == json.dumps(plain(once))
+
+
 @settings(max_examples=300, deadline=None)
 @given(EVENT)
 def test_any_event_becomes_one_line_and_plain_json(event):
@@ -191,6 +203,7 @@ def spellings(word):
     return {word, quote(word, safe=""), json.dumps(word)[1:-1], base64.b64encode(word.encode()).decode()}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_canaries_reach_no_sink(tmp_path, caplog, capfd):
     "Every secret, in every spelling and every field, through every sink; zero bytes of it come out."
     class Leaky:

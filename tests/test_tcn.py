@@ -142,8 +142,8 @@ def test_saved_loaded_and_walked(task, tmp_path):
 
 def test_arrays_say_what_torch_says(task):
     rng = np.random.default_rng(0)
-    for kernel, dilations in SHAPES:
-        fit = dataclasses.replace(SHORT, kernel=kernel, dilations=dilations, window=64)
+    for i, (kernel, dilations) in enumerate(SHAPES):
+        fit = dataclasses.replace(SHORT, kernel=kernel, dilations=dilations, window=64, context=i % 2 == 1)
         vec = training_env(fit, task, [(100, 800)], ObservationSpec(task.features.names, 64), "discrete", 4, 0)
         model = fit._model(vec, 1)
         net, obs = conv_network(model, vec.batch.spec, vec.batch.actions), rng.normal(size=(20, vec.batch.spec.size(3))).astype("f4")

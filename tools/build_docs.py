@@ -235,10 +235,9 @@ def settings():
 
 
 def process_one(path):
-    "One notebook in a worker process; what failed is named."
+    "One notebook in a worker process; None, or what failed."
     try: process(path, settings())
-    except Exception as e: raise RuntimeError(f"{path.relative_to(NBS)}: {e}") from e
-    return path
+    except Exception as e: return f"{path.relative_to(NBS)}: {type(e).__name__}: {e}"  # noqa: BLE001  named at the end, all at once
 
 
 def main(readme_only):
@@ -247,7 +246,11 @@ def main(readme_only):
     ours = lambda p: p.name != "index.ipynb" and not any(s[0] in "._" for s in p.relative_to(NBS).parts)
     todo = [] if readme_only else [p for p in sorted(NBS.rglob("*.ipynb")) if ours(p)]
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for p in pool.map(process_one, todo): print("processed", p.relative_to(NBS), flush=True)
+        failed = []
+        # Through its module: a notebook that runs in a worker takes the name __main__ for itself.
+        for p, error in zip(todo, pool.map(importlib.import_module("build_docs").process_one, todo)):
+            print("FAILED" if error else "processed", p.relative_to(NBS), flush=True)
+            if error: failed.append(error)
     index = process(NBS / "index.ipynb", base)
     write_readme(index)
     if readme_only: return
@@ -263,6 +266,7 @@ def main(readme_only):
     subprocess.run([sys.executable, "-m", "sphinx", "-q", "-b", "html", str(OUT), str(html)], check=True)
     write_sources(html)
     print("docs:", html / "index.html")
+    if failed: sys.exit("These notebooks failed and have no page:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

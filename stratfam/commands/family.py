@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Start', 'End', 'Options', 'MarketIs', 'WORDS', 'COLUMNS', 'given', 'closed_bars', 'task_for', 'said', 'lines',
-           'watch', 'train_one', 'said_of', 'train', 'about_of', 'aged', 'told', 'as_text', 'infer', 'weights_of',
-           'beside', 'after_training', 'report_run', 'saved_run', 'walked_by', 'backtest']
+           'watch', 'train_one', 'said_of', 'train', 'about_of', 'aged', 'complete', 'told', 'as_text', 'infer',
+           'weights_of', 'beside', 'after_training', 'report_run', 'saved_run', 'walked_by', 'backtest']
 
 # %% ../../nbs/commands/04_family.ipynb #a91be991
 import json
@@ -170,6 +170,16 @@ def aged(bars: Any, limits: Any, replay: bool) -> tuple[Any, float]:
     age[-1] += np.floor(lag)
     return inputs._replace(age=age), lag
 
+# %% ../../nbs/commands/04_family.ipynb #c927e147
+def complete(bars: Any) -> Any:
+    "Up to the newest bar that every symbol has: files seldom end at the same one."
+    import numpy as np
+
+    from stratfam.core import DataError
+    rows = np.flatnonzero(bars.ok.all(axis=1))
+    if not len(rows): raise DataError(f"no bar is there for all of {', '.join(bars.symbols)} at once; check them with `stratfam data check`.")
+    return bars[:int(rows[-1]) + 1]
+
 # %% ../../nbs/commands/04_family.ipynb #0e675e56
 def told(policy: Any, about: dict, now: Any, bars: Any, lag: float) -> dict[str, Any]:
     "A decision as plain data."
@@ -205,7 +215,7 @@ def infer(policy: Annotated[Path, typer.Argument(help="A folder written by `stra
     from stratfam.policies.family import latest
     loaded, about = about_of(policy)
     s = settings(config, overrides)
-    task = task_for(closed_bars(folder, list(about["symbols"]), about["step"], about["market"]), about["features"], s)
+    task = task_for(complete(closed_bars(folder, list(about["symbols"]), about["step"], about["market"])), about["features"], s)
     inputs, lag = aged(task.bars, task.limits, replay)
     ring = arena(task.bars, task.limits, task.costs, task.lots, s.trading.capital_usdt, inputs)
     answer = told(loaded, about, latest(loaded, ring, task.features, history, about.get("seed", 0)), task.bars, lag)
@@ -250,21 +260,22 @@ def after_training(bars: Any, about: dict) -> int:
     raise DataError("all these bars lie before the end of the policy's train rows. Give later bars, or --start to walk them anyway.")
 
 # %% ../../nbs/commands/04_family.ipynb #1fd15173
-def report_run(runs: dict[str, Any], title: str, command: str, out: Path) -> Path:
-    "A page about a backtest."
+def report_run(runs: dict[str, Any], says: str, note: str, command: str, out: Path) -> Path:
+    "A page about a backtest; the rules of a router and the members of an ensemble are printed on it."
     from stratfam.core import Env, step_name
     from stratfam.figures import RunData, WorldReport, merits
     from stratfam.policies.base import versions
     from stratfam.reporting import run_report
     b = next(iter(runs.values()))
     span = f"{str(b.time[0])[:16]} to {str(b.time[-1])[:16]}, {len(b):,} rows"
-    facts = {"symbols": ", ".join(b.symbols), "bar length": step_name(b.step), "bars": span}
+    facts = {"policy": says, "symbols": ", ".join(b.symbols), "bar length": step_name(b.step), "bars": span} | ({"note": note} if note else {})
+    title = f"Backtest of {next(iter(runs))}"
     world = WorldReport(title, False, facts, b.step, next(iter(runs)), runs, tuple(n for n in runs if n in ("buy_and_hold", "cash")), merits(runs))
     return run_report("validation", None, out, run=RunData("backtest", Env().iso(), command, (world,), versions=versions()))
 
 # %% ../../nbs/commands/04_family.ipynb #896c78cc
-def saved_run(place: Path, folder: Path | None, start: str | None, end: str | None, s: Any) -> tuple[dict[str, Any], str]:
-    "Runs of a saved policy and its rivals, and a note about train rows among them."
+def saved_run(place: Path, folder: Path | None, start: str | None, end: str | None, s: Any) -> tuple[dict[str, Any], str, str]:
+    "Runs of a saved policy and its rivals, what the policy says of itself, and a note about train rows among them."
     import numpy as np
     policy, about = about_of(place)
     task = task_for(closed_bars(folder, list(about["symbols"]), about["step"], about["market"], None, end), about["features"], s)
@@ -273,12 +284,12 @@ def saved_run(place: Path, folder: Path | None, start: str | None, end: str | No
     known = [np.datetime64(t) for t in about.get("span") or []]
     lies = int(((task.bars.time[first:] >= known[0]) & (task.bars.time[first:] <= known[1])).sum()) if known else 0
     note = f"{lies:,} of these {len(task.bars) - first:,} bars were train rows: there the policy repeats what it memorised."
-    return runs, note if lies else ""
+    return runs, said_of(policy), note if lies else ""
 
 # %% ../../nbs/commands/04_family.ipynb #9d8586a3
 def walked_by(what: str, folder: Path | None, symbols: Any, step: str | None, market: str | None, start: str | None, end: str | None,
-              s: Any) -> tuple[dict[str, Any], str]:
-    "Runs by name, and a note."
+              s: Any) -> tuple[dict[str, Any], str, str]:
+    "Runs by name, what is walked, and a note."
     from stratfam.core import known
     from stratfam.policies.base import BASELINES, baseline
     path, capital = Path(what), s.trading.capital_usdt
@@ -286,7 +297,8 @@ def walked_by(what: str, folder: Path | None, symbols: Any, step: str | None, ma
     table = path.suffix == ".csv"
     if not table: known("rule, saved policy or CSV", what, BASELINES)
     task = task_for(closed_bars(folder, symbols, step, market, start, end), ("return_1",) if table else None, s)
-    return beside(path.stem, weights_of(path, task.bars) if table else baseline(what).fit(task), task, capital), ""
+    policy = weights_of(path, task.bars) if table else baseline(what).fit(task)
+    return beside(path.stem, policy, task, capital), f"{'weights' if table else 'rule'} {path.name}", ""
 
 # %% ../../nbs/commands/04_family.ipynb #53657baa
 COLUMNS = ("total_return", "cagr", "sharpe", "sharpe_se", "max_drawdown", "volatility", "exposure", "trades", "turnover_a_year", "bars")
@@ -304,10 +316,10 @@ def backtest(what: Annotated[str, typer.Argument(help="A saved policy's folder, 
     """
     from stratfam.figures import merits
     s = settings(config, overrides)
-    runs, note = walked_by(what, folder, names_of(symbols), step, market, start, end, s)
+    runs, says, note = walked_by(what, folder, names_of(symbols), step, market, start, end, s)
     table = merits(runs)[list(COLUMNS)].rename_axis("policy")
-    name, page = next(iter(runs)), None
-    if report or open_browser: page = report_run(runs, f"Backtest of {name}", f"stratfam backtest {what}", out or s.report.folder)
+    page = None
+    if report or open_browser: page = report_run(runs, says, note, f"stratfam backtest {what}", out or s.report.folder)
     if as_json: show({"metrics": table.reset_index().to_dict("records"), "note": note, "report": page and str(page)}, True)
     else: show(None, False, "\n".join(x for x in (table.T.map(lambda v: f"{v:,.4g}").to_string(), note and f"NOTE: {note}", page and str(page)) if x))
     if open_browser: open_page(page)

@@ -123,7 +123,7 @@ def _measure(path: Path) -> list[dict]:
 
 # %% ../../nbs/commands/07_machine.ipynb #4d789e6b
 @app.command()
-def bench(name: Annotated[str, typer.Argument(help="kernel, env, splits, pbo, weex_client, weex_exchange; or all")],
+def bench(name: Annotated[str, typer.Argument(help="env, kernel, learn, loop, pbo, scaling, splits, study, weex; or all")],
           as_json: Json = False) -> None:
     "Measure speeds beside their peers, in one run (minutes; needs the source tree)."
     import pandas as pd

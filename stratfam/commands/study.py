@@ -94,9 +94,9 @@ LEDGER = Path(".stratfam/ledger.db")
 def search(data: Folder = None,
            study: Annotated[str, typer.Option("--study", help="Name of the study in the ledger.")] = "study",
            folder: Annotated[Path | None, typer.Option("--folder", help="Where the study lives; default studies/NAME.")] = None,
-           space: Annotated[str, typer.Option("--space", help="rules, ppo, sac, tcn, ensemble, family, quick; or a TOML file.")] = "family",
+           space: Annotated[str, typer.Option("--space", help="rules, forecast, ppo, sac, tcn, ensemble, family, quick; or a TOML file.")] = "family",
            cv: Annotated[str, typer.Option("--cv", help="cpcv, kcv or wf.")] = "cpcv",
-           trials: Annotated[int, typer.Option("--trials", help="Configurations.")] = 22,
+           trials: Annotated[int, typer.Option("--trials", help="Configurations.")] = 24,
            seeds: Annotated[int | None, typer.Option("--seeds", help="Of policies whose seed matters.")] = None,
            jobs: Annotated[int, typer.Option("--jobs", help="Workers; 0: one a core.")] = 0,
            backend: Annotated[str, typer.Option("--backend", help="serial, loky or ray.")] = "loky",
@@ -116,7 +116,7 @@ def search(data: Folder = None,
            config: Config = None, overrides: Set = None, as_json: Json = False) -> None:
     """Try configurations of a family on every split and seed. Stop it when you like: the same command goes on.
 
-    Example: stratfam search my/bars --step 1h --space family --cv cpcv --trials 22 --seeds 5 --jobs 2 --validate
+    Example: stratfam search my/bars --step 1h --space family --cv cpcv --trials 24 --seeds 5 --jobs 2 --validate
     """
     s = settings(config, overrides)
     design = _design(s, cv, dict(trials=trials, seeds=seeds, groups=groups, test=test, embargo=embargo, batch=batch, prune=prune, target=target,

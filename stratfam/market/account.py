@@ -291,7 +291,7 @@ def gap_exits(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
             s.lock, s.pending = t + int(lim.lock_bars), 0
 
 # %% ../../nbs/market/00_account.ipynb #67911d90
-@njit(**KERNEL)
+@njit(**KERNEL, inline="always")
 def reductions(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Execute the reducing part of every order at the open; an order without a bar is dropped. True when entries remain."
     remain = False
@@ -311,7 +311,7 @@ def reductions(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     return remain
 
 # %% ../../nbs/market/00_account.ipynb #6bd14ba0
-@njit(**KERNEL)
+@njit(**KERNEL, inline="always")
 def entries(bars, costs, sym, lim, a, g, slots, pos, b, t, log):
     "Execute the increasing part of every order at the open, all scaled by one factor to what leverage allows there (R1)."
     eq, gross, want, extra = a.cash, 0.0, 0.0, 0.0

@@ -155,6 +155,7 @@ class Blend:
 
     def __post_init__(self):
         known("kind of ensemble", self.kind, ("mean", "vote"))
+        for k in ("members", "names"): object.__setattr__(self, k, tuple(getattr(self, k)))
         object.__setattr__(self, "votes", frozen_array(self.votes, "f8"))
         total = float(self.votes.sum())
         if self.votes.shape != (len(self.members),) or not self.members or (self.votes < 0).any() or not (abs(total - 1) < 1e-9 or total == 0):

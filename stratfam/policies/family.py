@@ -178,5 +178,6 @@ def missing_now(policy: Policy, bars: Bars, x: np.ndarray) -> str:
     W = policy.spec.window
     if len(x) < W: return f"{len(x)} bars are too few: the policy looks back {W} bars. Get more of them."
     t, n, k = (int(v[0]) for v in np.nonzero(~np.isfinite(x[-W:])))
-    return (f"feature {policy.spec.names[k]!r} of {bars.symbols[n]} is missing {W - 1 - t} bars before the newest one: a gap or a warm-up "
-            f"lies in the last {W} bars. Fill the gap, or wait until it has passed.")
+    where = f"{W - 1 - t} bars before the newest one" if t < W - 1 else "at the newest bar"
+    return (f"feature {policy.spec.names[k]!r} of {bars.symbols[n]} is missing {where}, and the policy looks back {W} bars: a gap or a warm-up "
+            "lies there. Fill the gap, or wait until it has passed.")

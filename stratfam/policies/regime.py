@@ -302,6 +302,7 @@ class Router:
     leave: float = 0.4 # Probability below which it is left
 
     def __post_init__(self):
+        for k in ("policies", "names"): object.__setattr__(self, k, tuple(getattr(self, k)))
         for r, p in self.rules.items():
             known("regime", r, self.model.names)
             known("policy of the router", p, (*self.names, "flat"))

@@ -27,7 +27,8 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from ..core import ACCOUNT_FIELDS, ConfigError, Decision, ObservationSpec, frozen_array, known
 from ..market.env import Actions, Reward, share_out
 from .base import LINEAR, RELU, Progress, Task, dense, forward, read_head, symbols_seen
-from .sb3 import PerSymbol, isolated, learn, linears, log_folder, scaled_spec, symbol_columns, training_env, training_key
+from .sb3 import (PerSymbol, isolated, learn, linears, log_folder, scaled_spec, symbol_columns, training_env, training_key,
+                                   with_mean)
 
 # %% ../../nbs/policies/02_tcn.ipynb #2eed8e24
 def receptive_field(kernel: int, dilations: Sequence[int]) -> int:
@@ -103,18 +104,20 @@ class TCNExtractor(PerSymbol):
                  channels: int = 16, # Of the convolution
                  kernel: int = 3, # Taps
                  dilations: Sequence[int] = (1, 2, 4), # Of the blocks
-                 flat: bool = False): # Lay the symbols side by side
+                 flat: bool = False, # Lay the symbols side by side
+                 context: bool = False): # Add the channels' mean over the symbols
         N, W, F = symbols_seen(spec, observation_space.shape[0]), spec.window, len(spec.names)
         c, at = symbol_columns(spec, N), W * F
         by_feature = c[:, :at].reshape(N, W, F).transpose(0, 2, 1).reshape(N, at) # A convolution wants time last
-        super().__init__(observation_space, np.hstack([by_feature, c[:, at:]]))
-        self.flat, self.inputs, self._features_dim = flat, (F, W), (channels + self.shape[1] - at) * (N if flat else 1)
+        super().__init__(observation_space, np.hstack([by_feature, c[:, at:]]), context)
+        found = channels * (2 if context else 1) + self.shape[1] - at
+        self.flat, self.inputs, self._features_dim = flat, (F, W), found * (N if flat else 1)
         self.tcn = TCN(F, W, channels, kernel, dilations)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        x, at = super().forward(obs), self.inputs[0] * self.inputs[1]
+        x, at = self.rows(obs), self.inputs[0] * self.inputs[1]
         h = self.tcn(x[..., :at].reshape(-1, *self.inputs)).view(*x.shape[:2], -1)
-        out = torch.cat([h, x[..., at:]], dim=2)
+        out = torch.cat([with_mean(h) if self.context else h, x[..., at:]], dim=2)
         return out.flatten(1) if self.flat else out
 
 # %% ../../nbs/policies/02_tcn.ipynb #550da3ef
@@ -256,7 +259,11 @@ def advantages(net: ConvNetwork, obs: np.ndarray) -> np.ndarray: # (B, N*L) floa
         h = convolve(convolve(x, w1, b1, 1, s.enter - net.kernel + 1, RELU), w2, b2, s.stride, s.leave, RELU)
         past = x[:, s.enter - 1 - s.stride * (s.leave - 1)::s.stride]
         x = np.maximum(h + (convolve(past, *skip, 1, s.leave, LINEAR) if skip else past), np.float32(0.0))
-    return forward(net.layers, "relu", np.hstack([x[:, 0], z[:, W * F:]])).reshape(B, -1)
+    h, own = x[:, 0], z[:, W * F:]
+    if len(net.layers[0][0]) > h.shape[1] + own.shape[1]: # It was trained with the mean over the symbols
+        each = h.reshape(B, N, -1)
+        h = np.hstack([h, np.repeat(sum(each[:, n] for n in range(N)) / np.float32(N), N, axis=0)])
+    return forward(net.layers, "relu", np.hstack([h, own])).reshape(B, -1)
 
 # %% ../../nbs/policies/02_tcn.ipynb #68281b1e
 def conv_matrices(tcn: TCN) -> tuple[tuple[np.ndarray, ...], ...]: # As `ConvNetwork.blocks`
@@ -292,6 +299,7 @@ class TCNDQNFit:
     kernel: int = 3 # Taps
     dilations: tuple[int, ...] = (1, 2, 4) # Of the blocks; what they reach must fit the window
     hidden: tuple[int, ...] = (32,) # Units of each layer behind the convolution
+    context: bool = False # The network is also told the mean over all symbols
     account: tuple[str, ...] = ACCOUNT_FIELDS # Account fields seen
     reward: Reward = Reward("log", None) # What is paid, in units of the market's volatility
     control: float | None = None # As in `Reward`; None = 1 on spot and 0 on perpetuals
@@ -316,7 +324,7 @@ class TCNDQNFit:
 # %% ../../nbs/policies/02_tcn.ipynb #706304a3
 def _model(self: TCNDQNFit, env: VecEnv, seed: int, tensorboard: str | None = None) -> DoubleDQN:
     "The learner, ready to learn."
-    parts = {"spec": env.batch.spec, "channels": self.channels, "kernel": self.kernel, "dilations": self.dilations}
+    parts = {"spec": env.batch.spec, "channels": self.channels, "kernel": self.kernel, "dilations": self.dilations, "context": self.context}
     net = {"net_arch": list(self.hidden), "activation_fn": torch.nn.ReLU, "features_extractor_class": TCNExtractor,
            "features_extractor_kwargs": parts, "optimizer_class": torch.optim.Adam, "optimizer_kwargs": {"fused": True}}
     return DoubleDQN(DuelingPolicy, env, seed=seed, device="cpu", policy_kwargs=net, tensorboard_log=tensorboard,

@@ -269,7 +269,7 @@ def corr_room(work, C, k, cap):
     return max(0.0, min(1.0, (np.sqrt(b * b - a * (c - cap * cap)) - b) / a))
 
 # %% ../../nbs/risk/01_gate.ipynb #c6650475
-@njit(**KERNEL)
+@njit(**KERNEL, inline="always")
 def room(lim, work, corr, k, has_corr):
     "Common factor for all increases of the book, and the bits of the rules that bind."
     B, I = 0.0, 0.0
@@ -361,7 +361,7 @@ def _settle(sym, lim, slot, x, n, s, book, equity, signals, work):
     slot.why |= bits
 
 # %% ../../nbs/risk/01_gate.ipynb #affbfa6f
-@njit(**KERNEL)
+@njit(**KERNEL, inline="always")
 def gate(sym, lim, g, slots, b, sense, context, corr, on, k, t, equity, W, C, j, signals, work):
     """Account b at one close: target lots and reason bits into `slots[b]`.
 

@@ -7,14 +7,14 @@ __all__ = ['run_redactor', 'Contact', 'open_contact']
 
 # %% ../../nbs/trading/13_contact.ipynb #c501bf48
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..config import Settings
-from ..core import ConfigError, Env, Transport
-from .ailog import AiLog, upload_client
+from ..core import ConfigError, Env, StratfamError, Transport
+from .ailog import AiLog, journal_events, upload_client
 from .metrics import Metrics
-from .notify import AppriseChannel, Channel, Dispatcher, JsonLog, Listener, Notifier, Redactor, plain, redacted
+from .notify import AppriseChannel, Channel, Dispatcher, JsonLog, Listener, Notifier, Redactor, canonical, plain, redacted
 from .telegram import TELEGRAM, Asks, Board, Bot, BotApi, QuietHttp, TelegramChannel, chat_ids
 from ..weex.client import WeexAPIClient
 
@@ -28,8 +28,9 @@ def run_redactor(settings: Settings, client: WeexAPIClient | None = None) -> Red
 # %% ../../nbs/trading/13_contact.ipynb #8396268a
 class Contact:
     "What the loop talks to: `observe(event)` for news, `asks.take()` for requests."
-    def __init__(self, settings: Settings, env: Env, title: str, client: WeexAPIClient | None):
+    def __init__(self, settings: Settings, env: Env, title: str, client: WeexAPIClient | None, symbols: Sequence[str], policy: str):
         self.settings, self.env, self.title, self.client = settings, env, title, client
+        self.symbols, self.policy = tuple(symbols), policy
         self.redact, self.asks, self.board = run_redactor(settings, client), Asks(), Board(env, title)
         self.dispatchers: dict[str, Dispatcher] = {}
         self.missing: list[str] = [] # Parts that could not be opened, in words for the operator
@@ -38,6 +39,16 @@ class Contact:
     def observe(self, event: Mapping[str, Any]) -> None:
         "Take note of an event; never raises, never waits."
         for d in self.dispatchers.values(): d.observe(event)
+
+    def clean(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        "What listeners see of an event: its canonical fields, plain, without secrets."
+        return redacted(plain(canonical(event, self.symbols, self.policy)), self.redact)
+
+    def backfill(self, entries: Iterable[Any]) -> None:
+        "Tell the AI log what the journal knows; call at start, before the first decision. Trouble is reported, not raised."
+        if self.ai_log is None: return
+        try: self.ai_log.backfill(self.clean(e) for e in journal_events(entries))
+        except (StratfamError, AttributeError, TypeError) as e: self.complain(f"the AI log could not be filled from the journal: {e}")
 
     def complain(self, text: str) -> None:
         "Report trouble of our own: to Python's log, and as an event."
@@ -57,8 +68,7 @@ def _part(self: Contact, what: str, make: Callable[[], Any]) -> Any: # None when
 def _behind(self: Contact, name: str, *listeners: Listener | None, size: int = 1000) -> None:
     "Put listeners behind a dispatcher."
     found = [x for x in listeners if x is not None]
-    clean = lambda event: redacted(plain(event), self.redact)
-    if found: self.dispatchers[name] = Dispatcher(found, self.env, size, clean, self.complain)
+    if found: self.dispatchers[name] = Dispatcher(found, self.env, size, self.clean, self.complain)
 
 # %% ../../nbs/trading/13_contact.ipynb #6593bada
 def _told(self: Contact, channel: Channel | None) -> None:
@@ -107,13 +117,15 @@ Contact._open_local, Contact._open_telegram, Contact._open_ai_log = _open_local,
 def open_contact(settings: Settings, # [notify] and the secrets
                  env: Env | None = None, # Clock
                  title: str = "stratfam", # Which run speaks: venue and account, no secret
+                 symbols: Sequence[str] = (), # Of the run, in the policy's order
+                 policy: str = "", # Name and version of the model, for the AI log
                  client: WeexAPIClient | None = None, # Of the trading account, for the AI log; None: a venue without one
                  engage: Callable[[str], None] = lambda reason: None, # Makes a halt by chat durable, e.g. writes the kill file
                  telegram: Transport | None = None, # Instead of the network
                  telegram_base: str = TELEGRAM, # Another server
                 ) -> Contact: # Not started: `start` for threads, or `pump` by hand
     "Everything the settings ask for, behind one observer."
-    c = Contact(settings, env or Env(), title, client)
+    c = Contact(settings, env or Env(), title, client, symbols, policy)
     urls = settings.secrets.apprise_urls
     c._open_local()
     c._part("Telegram", lambda: c._open_telegram(telegram, telegram_base, engage))

@@ -22,14 +22,16 @@ _TABLE = """
 equity_usdt                    Gauge     Equity at mark, fees and funding included
 drawdown_ratio                 Gauge     Loss from the peak of equity, as a fraction
 position_quantity              Gauge     Signed position in base units                                    symbol
+position_lots                  Gauge     Signed position in lots                                          symbol
 gate_state                     Gauge     1 for the state that holds, 0 for the others                     state
 orders_total                   Counter   Answers about orders, by outcome                                 outcome purpose
 unknown_orders                 Gauge     Orders whose fate is not known: they reserve their worst case
+open_orders                    Gauge     Orders without an end
 gate_rejections_total          Counter   Cuts and denials by the gate, by reason code                     reason
 fills_total                    Counter   Executions                                                       symbol
 errors_total                   Counter   Errors, by where they happened                                   where
 cycles_total                   Counter   Bars that were handled to the end
-loop_latency_seconds           Histogram From bar close to all orders sent
+loop_latency_seconds           Histogram From bar close to the end of its cycle: orders sent, account read
 data_age_seconds               Gauge     Age of the newest bar                                            symbol
 last_cycle_timestamp_seconds   Gauge     When the last cycle ended, seconds since 1970
 """
@@ -42,7 +44,7 @@ def _package() -> Any:
         raise ConfigError("prometheus-client is not installed. Run: pip install 'stratfam[notify]', or unset notify.metrics_port.") from None
     return prometheus_client
 
-
+# %% ../../nbs/trading/11_metrics.ipynb #316fa9b7
 def _build(registry: Any) -> dict[str, Any]: # Name -> instrument
     "The instruments of the table, in a registry."
     kinds, made = _package(), {}
@@ -60,7 +62,7 @@ def _real(x: Any) -> float | None:
     except (TypeError, ValueError, OverflowError): return None
     return value if math.isfinite(value) else None
 
-
+# %% ../../nbs/trading/11_metrics.ipynb #d314cc22
 def _seconds(iso: Any) -> float | None:
     "Seconds since 1970 of an ISO time."
     try: return datetime.fromisoformat(str(iso)).timestamp()
@@ -74,6 +76,7 @@ class Metrics:
         self.registry = _package().CollectorRegistry()
         self.of, self.labels, self.server = _build(self.registry), {}, None
         self.sources: dict[str, Callable[[], Mapping[str, int]]] = {}
+        self.unknown: set[str] = set() # Client ids of orders last heard of as UNKNOWN
         self.registry.register(self)
 
     def label(self, kind: str, value: Any) -> str:
@@ -95,13 +98,14 @@ def _cycle(self: Metrics, event: Mapping[str, Any]) -> None:
     "Numbers of the whole account, once per bar."
     self.of["cycles_total"].inc()
     self.gauge("equity_usdt", event.get("equity")); self.gauge("drawdown_ratio", event.get("drawdown"))
-    self.gauge("unknown_orders", event.get("unknown")); self.gauge("last_cycle_timestamp_seconds", _seconds(event.get("time")))
+    self.gauge("unknown_orders", event.get("unknown", len(self.unknown))); self.gauge("open_orders", event.get("open_orders"))
+    self.gauge("last_cycle_timestamp_seconds", _seconds(event.get("time")))
     if (late := _real(event.get("latency_s"))) is not None: self.of["loop_latency_seconds"].observe(late)
-    for name, field in (("position_quantity", "positions"), ("data_age_seconds", "age_s")):
+    for name, field in (("position_quantity", "positions"), ("position_lots", "lots"), ("data_age_seconds", "age_s")):
         table = event.get(field)
         if not isinstance(table, Mapping): continue
         for symbol, value in table.items(): self.gauge(name, value, symbol=self.label("symbol", symbol))
-        gone = {s for s in self.labels.get("symbol", ()) if s not in table} if field == "positions" else ()
+        gone = {s for s in self.labels.get("symbol", ()) if s not in table} if field != "age_s" else ()
         for symbol in gone: self.gauge(name, 0.0, symbol=symbol)
     if event.get("state") is not None: self._state(event)
 
@@ -110,7 +114,7 @@ def _state(self: Metrics, event: Mapping[str, Any]) -> None:
     "Which state holds."
     for state in STATES: self.of["gate_state"].labels(state=state).set(float(str(event.get("state")) == state))
 
-
+# %% ../../nbs/trading/11_metrics.ipynb #381c797f
 def _decision(self: Metrics, event: Mapping[str, Any]) -> None:
     "Reason codes, counted per symbol and bar."
     table = event.get("symbols")
@@ -119,7 +123,7 @@ def _decision(self: Metrics, event: Mapping[str, Any]) -> None:
         for reason in (wish.get("reasons") or ()) if isinstance(wish, Mapping) else ():
             self.of["gate_rejections_total"].labels(reason=str(reason) if str(reason) in Reason.__members__ else "other").inc()
 
-# %% ../../nbs/trading/11_metrics.ipynb #381c797f
+# %% ../../nbs/trading/11_metrics.ipynb #9edb1276
 def _take(self: Metrics, event: Mapping[str, Any]) -> None:
     "Count an event."
     kind = event.get("kind")
@@ -127,6 +131,9 @@ def _take(self: Metrics, event: Mapping[str, Any]) -> None:
     elif kind == "state": self._state(event)
     elif kind == "decision": self._decision(event)
     elif kind == "order":
+        if event.get("outcome") == "UNKNOWN" and len(self.unknown) < 10_000: self.unknown.add(str(event.get("client_id")))
+        else: self.unknown.discard(str(event.get("client_id")))
+        self.gauge("unknown_orders", len(self.unknown))
         self.of["orders_total"].labels(outcome=self.label("outcome", event.get("outcome")), purpose=self.label("purpose", event.get("purpose"))).inc()
     elif kind == "fill": self.of["fills_total"].labels(symbol=self.label("symbol", event.get("symbol"))).inc()
     elif kind == "error": self.of["errors_total"].labels(where=self.label("where", event.get("where"))).inc()
@@ -139,7 +146,7 @@ def _watch(self: Metrics, source: str, read: Callable[[], Mapping[str, int]]) ->
     "Show the counters that `read` returns, at each scrape."
     self.sources[source] = read
 
-
+# %% ../../nbs/trading/11_metrics.ipynb #7ee4eb90
 def _collect(self: Metrics) -> Iterator[Any]:
     "The watched counters, for the registry."
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -163,7 +170,7 @@ def _serve(self: Metrics, port: int, # 0 = any free one
         raise ConfigError(f"metrics cannot be served on port {port} ({e.strerror}). Choose another notify.metrics_port, or \"off\".") from None
     return self.server.server_port
 
-
+# %% ../../nbs/trading/11_metrics.ipynb #3f6047b3
 def _shut(self: Metrics) -> None:
     "End the endpoint."
     if self.server is not None:

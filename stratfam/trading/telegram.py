@@ -105,7 +105,7 @@ def chat_ids(text: str) -> tuple[int, ...]: # Without duplicates
         raise ConfigError("secrets.telegram_chats must be numbers separated by commas. Write to the bot, then look up the chat id in getUpdates.")
     return tuple(dict.fromkeys(int(p) for p in parts))
 
-
+# %% ../../nbs/trading/12_telegram.ipynb #3e612de4
 class TelegramChannel:
     "Messages into one chat; a `Channel`."
     def __init__(self, api: BotApi, chat: int, number: int = 0): # The number tells two chats apart without showing their ids
@@ -123,7 +123,7 @@ class Ask(NamedTuple):
     reason: str
     time: str # ISO, when it reached us
 
-
+# %% ../../nbs/trading/12_telegram.ipynb #0f62204c
 class Asks:
     "Requests that wait for the loop; safe from any thread."
     def __init__(self):
@@ -167,13 +167,13 @@ def _figure(x: Any, form: str) -> str:
     "A number as people read it, anything else as it is."
     return format(x, form) if isinstance(x, int | float) and not isinstance(x, bool) else str(x)[:40]
 
-
+# %% ../../nbs/trading/12_telegram.ipynb #fc996240
 def _heading(self: Board) -> str:
     "Which run, and how old the news are."
     if self.heard is None: return f"{self.title}: nothing heard from the loop yet."
     return f"{self.title}, as of {self.age():.0f} s ago:"
 
-# %% ../../nbs/trading/12_telegram.ipynb #fc996240
+# %% ../../nbs/trading/12_telegram.ipynb #1446ccea
 def _status(self: Board) -> str:
     "State, equity, drawdown and the last error in a few lines."
     with self.lock: c, s, e = (self.last.get(k, {}) for k in ("cycle", "state", "error"))
@@ -183,12 +183,13 @@ def _status(self: Board) -> str:
              ("it was at", e.get("time"), "")]
     return "\n".join([_heading(self), *(f"{name}: {_figure(v, form)}" for name, v, form in facts if v not in (None, "", []))])
 
-
+# %% ../../nbs/trading/12_telegram.ipynb #c9878985
 def _positions(self: Board) -> str:
     "The positions after the last cycle."
-    with self.lock: held = self.last.get("cycle", {}).get("positions")
+    with self.lock: cycle = self.last.get("cycle", {})
+    held, unit = (cycle.get("positions"), "") if cycle.get("positions") is not None else (cycle.get("lots"), " lots")
     if not isinstance(held, Mapping): return f"{_heading(self)}\npositions: not known"
-    lines = [f"{symbol}: {_figure(q, '+g')}" for symbol, q in sorted(held.items())][:60]
+    lines = [f"{symbol}: {_figure(q, '+g')}{unit}" for symbol, q in sorted(held.items()) if q not in (0, 0.0)][:60]
     return "\n".join([_heading(self), *(lines or ["no positions"])])
 
 
@@ -225,7 +226,7 @@ def _command(self: Bot, text: str) -> tuple[str, str]: # Its name, "" when it is
     if not found or (found[2] and self.me and found[2].lower() != self.me.lower()): return "", ""
     return found[1].lower(), " ".join((found[3] or "").split())[:200]
 
-
+# %% ../../nbs/trading/12_telegram.ipynb #dbf5882d
 def _reply(self: Bot, chat: int, text: str) -> None:
     "Answer; an answer that cannot be delivered is counted."
     try: self.api.call("sendMessage", chat_id=chat, text=text[:4000])
@@ -234,18 +235,21 @@ def _reply(self: Bot, chat: int, text: str) -> None:
 
 Bot.command, Bot.reply = _command, _reply
 
-# %% ../../nbs/trading/12_telegram.ipynb #dbf5882d
+# %% ../../nbs/trading/12_telegram.ipynb #1f3081dc
 def _halt(self: Bot, chat: int, reason: str, sent: str, old: bool) -> None:
     "The kill switch."
     by, reason = f"telegram {digest(chat)[:8]}", reason or "no reason given"
     self.asks.put(Ask("halt", by, reason, self.env.iso()))
+    lame = ""
     try: self.engage(f"{by}: {reason}")
-    except OSError: self.counts["kill file failed"] += 1
+    except (OSError, StratfamError):
+        self.counts["kill file failed"] += 1
+        lame = " The kill file could not be written: wait for the loop's own message."
     late = f" It was sent at {sent}; resume with a reason if it is no longer wanted." if old else ""
     deaf = "" if self.board.age() < SILENT_S else " Nothing was heard from the loop lately: if no confirmation follows, use the venue's own app."
-    self.reply(chat, f"HALT handed to the loop.{late}{deaf}")
+    self.reply(chat, f"HALT handed to the loop.{lame}{late}{deaf}")
 
-
+# %% ../../nbs/trading/12_telegram.ipynb #674d08b6
 def _flatten(self: Bot, chat: int, update: int) -> None:
     "Ask back before closing everything."
     code = f"{int(digest('confirm', chat, update, self.env.clock.now_ns())[:8], 16) % 9000 + 1000}"
@@ -338,7 +342,7 @@ def _start(self: Bot) -> "Bot":
         self.thread.start()
     return self
 
-
+# %% ../../nbs/trading/12_telegram.ipynb #904104fd
 def _close(self: Bot, timeout_s: float = 1.0) -> None:
     "End; a poll that is open is left to run out."
     self.ending.set()

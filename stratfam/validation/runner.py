@@ -266,7 +266,7 @@ def finish(results: Results, # Where outcomes are kept
     for key, work in keyed:
         if key not in results: missing.setdefault(key, work)
         elif tell: tell(key, results.read(key), True)
-    keys = list(missing)
+    keys = sorted(missing, key=lambda k: not missing[k].train)
     for i, outcome in perform(source, [missing[k] for k in keys], backend, jobs):
         results.write(keys[i], outcome)
         if tell: tell(keys[i], outcome, False)

@@ -378,15 +378,15 @@ def search(members: Sequence[Member], # The space: from `space.read_space`
 # %% ../../nbs/validation/09_search.ipynb #0189cfd8
 def _go(desk: Desk, asker: Asker, ledger: Ledger, study: str, home: Path) -> None:
     "Batch after batch: ask, try, tell in order, write down."
-    already, trials = ledger.recorded(study), _benchmarks(desk)
-    fits = dict(BENCHMARKS)
+    already, trials, fits = ledger.recorded(study), [], dict(BENCHMARKS)
     for first in range(0, desk.design.trials, desk.design.batch):
         batch = asker.batch(first)
         fits |= {a.key: a.fit for a in batch}
         done = run_batch(desk, batch)
         for a, t in zip(batch, done): asker.tell(a, t.score, t.outcome == "pruned")
+        if first == 0: done = [*_benchmarks(desk), *done]
         trials += done
-        for t in trials if first == 0 else done: record(desk, t, fits[t.key], ledger, study, already)
+        for t in done: record(desk, t, fits[t.key], ledger, study, already)
         write_atomic(home / "trials.json", json.dumps([dataclasses.asdict(t) for t in trials], indent=1))
     write_atomic(home / "finished.json", json.dumps({"trials": len(trials)}))
 
@@ -427,8 +427,8 @@ def load_study(folder: str | Path) -> Searched:
 # %% ../../nbs/validation/09_search.ipynb #992e6df7
 def trials_table(found: Searched) -> pd.DataFrame: # Indexed by key, best first
     "Every trial of a study."
+    short = lambda v: f"{v:.3g}" if isinstance(v, float) else str(v) if len(str(v)) <= 24 else f"{str(v)[:21]}..."
     rows = [{"trial": t.key, "outcome": t.outcome, "score": math.nan if t.score is None else t.score, "seeds": t.seeds,
              "still_learning": {None: "", True: "yes", False: "no"}[t.rising], "minutes": t.seconds / 60,
-             "parameters": ", ".join(f"{k.rpartition('.')[2]}={v:.3g}" if isinstance(v, float) else f"{k.rpartition('.')[2]}={v}"
-                                     for k, v in t.searched.items()), "error": t.error} for t in found.trials]
+             "parameters": ", ".join(f"{k.rpartition('.')[2]}={short(v)}" for k, v in t.searched.items()), "error": t.error} for t in found.trials]
     return pd.DataFrame(rows).set_index("trial").sort_values("score", ascending=False, kind="stable")

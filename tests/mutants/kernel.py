@@ -2,6 +2,7 @@
 """Planted bugs: (name, file under stratfam/, the text as it is, the text as a careless hand might have it, the test that must notice)."""
 
 ORACLE = "test_kernel.py::test_kernel_equals_oracle"
+GLIDE = "test_kernel.py::test_glide_equals_single_bars"
 LATTICE = "test_bar_lattice.py"
 FUZZ = "test_gate_fuzz.py"
 FAULTS = "test_faults_market.py"
@@ -111,20 +112,20 @@ MUTANTS = [
     ("a losing streak survives a win", ACCOUNT, "g.streak = g.streak + 1 if p.trip < 0.0 else 0", "g.streak = g.streak + 1 if p.trip < 0.0 else g.streak", ORACLE),
     ("a stop locks nothing", ACCOUNT, "if kind == STOP: s.lock = t + int(lim.lock_bars)", "", ORACLE),
     # Gliding over quiet bars
-    ("a glide passes a level", ACCOUNT, "if reached(x, held, level, target): break", "", ORACLE),
-    ("a glide passes a margin call", ACCOUNT, "if costs.perp > 0.0 and not cash + worst > costs.maintenance * abs(worst): break", "", ORACLE),
-    ("a glide pays no funding", ACCOUNT, "            cash -= pay\n            paid", "            paid", ORACLE),
-    ("a glide forgets the trailing stop", ACCOUNT, "p.last, p.best, p.stop = last, best, level", "p.last, p.best = last, best", ORACLE),
-    ("a glide waits for its time stop", ACCOUNT, "over = t >= end or", "over =", ORACLE),
-    ("a glide outlives a drawdown", ACCOUNT, "or breached(equity, peak, limit) or breached(equity, base, day_limit)", "or breached(equity, base, day_limit)", ORACLE),
-    ("a glide outlives a bad day", ACCOUNT, "or breached(equity, peak, limit) or breached(equity, base, day_limit)", "or breached(equity, peak, limit)", ORACLE),
-    ("a glide forgets its peak", ACCOUNT, "            if equity > peak: peak = equity\n", "", ORACLE),
-    ("a glide sleeps through midnight", ACCOUNT, "played = over or days[t] > day or", "played = over or", ORACLE),
-    ("a glide hears no wish", ACCOUNT, "days[t] > day or np.isfinite(W[t, 0])", "days[t] > day", ORACLE),
-    ("a glide ignores a waiting order", ACCOUNT, "if s.lots != s.pending or g.state != ACTIVE or g.kill != 0: return", "if g.state != ACTIVE or g.kill != 0: return", ORACLE),
-    ("a glide wakes a halted account", ACCOUNT, "if s.lots != s.pending or g.state != ACTIVE or g.kill != 0: return", "if s.lots != s.pending: return", ORACLE),
-    ("a glide plays a bar twice", ACCOUNT, "if not played: advance(", "if True: advance(", ORACLE),
-    ("a glide counts no returns", ACCOUNT, "a.top, a.max_drawdown, a.sum_ret, a.sum_ret2 = top, deepest, total, squares", "pass", ORACLE),
+    ("a glide passes a level", ACCOUNT, "if reached(x, held, level, target): break", "", GLIDE),
+    ("a glide passes a margin call", ACCOUNT, "if costs.perp > 0.0 and not cash + worst > costs.maintenance * abs(worst): break", "", GLIDE),
+    ("a glide pays no funding", ACCOUNT, "            cash -= pay\n            paid", "            paid", GLIDE),
+    ("a glide forgets the trailing stop", ACCOUNT, "p.last, p.best, p.stop = last, best, level", "p.last, p.best = last, best", GLIDE),
+    ("a glide waits for its time stop", ACCOUNT, "over = t >= end or", "over =", GLIDE),
+    ("a glide outlives a drawdown", ACCOUNT, "or breached(equity, peak, limit) or breached(equity, base, day_limit)", "or breached(equity, base, day_limit)", GLIDE),
+    ("a glide outlives a bad day", ACCOUNT, "or breached(equity, peak, limit) or breached(equity, base, day_limit)", "or breached(equity, peak, limit)", GLIDE),
+    ("a glide forgets its peak", ACCOUNT, "            if equity > peak: peak = equity\n", "", GLIDE),
+    ("a glide sleeps through midnight", ACCOUNT, "played = over or days[t] > day or", "played = over or", GLIDE),
+    ("a glide hears no wish", ACCOUNT, "days[t] > day or np.isfinite(W[t, 0])", "days[t] > day", GLIDE),
+    ("a glide ignores a waiting order", ACCOUNT, "if s.lots != s.pending or g.state != ACTIVE or g.kill != 0: return", "if g.state != ACTIVE or g.kill != 0: return", GLIDE),
+    ("a glide wakes a halted account", ACCOUNT, "if s.lots != s.pending or g.state != ACTIVE or g.kill != 0: return", "if s.lots != s.pending: return", GLIDE),
+    ("a glide plays a bar twice", ACCOUNT, "if not played: advance(", "if True: advance(", GLIDE),
+    ("a glide counts no returns", ACCOUNT, "a.top, a.max_drawdown, a.sum_ret, a.sum_ret2 = top, deepest, total, squares", "pass", GLIDE),
     # Around the kernel
     ("an interval starts with the last one's cash", BACKTEST, "equity / safe - 1.0), step(1)", "equity / a.capital - 1.0), step(1)",
      f"{FAULTS}::test_f7_no_jump_across_seams"),

@@ -16,10 +16,10 @@ RULES = dict(sl_stop=0.02, tp_stop=0.04, fees=0.001, init_cash=1e4, freq="5min",
 
 
 def one():
-    started = time.perf_counter()
+    started = time.process_time()
     pf = vbt.Portfolio.from_signals(close=prices["close"], open=prices["open"], high=prices["high"], low=prices["low"], price=prices["open"],
                                     entries=prices["entries"], exits=prices["exits"], **RULES)
-    took = time.perf_counter() - started
+    took = time.process_time() - started
     r = pf.trades.records
     return dict(seconds=took, final=float(pf.final_value()), trades=int((r["status"] == 1).sum()), exits=r["exit_idx"].tolist())
 
@@ -28,14 +28,14 @@ def sweep():
     "The first sets of the sweep, each moving average computed once; entries and exits act at the next open."
     close, count = load("sweep_close"), int(load("chunk"))
     fast, slow = load("fast")[:count].tolist(), load("slow")[:count].tolist()
-    started = time.perf_counter()
+    started = time.process_time()
     f, s = vbt.MA.run(close, fast, run_unique=True, short_name="f"), vbt.MA.run(close, slow, run_unique=True, short_name="s")
     shift = lambda frame: frame.vbt.signals.fshift(1)
     entries, exits = shift(f.ma_crossed_above(s)), shift(f.ma_crossed_below(s))
     extra = {k: load(f"sweep_{k}")[:, None] for k in ("open", "high", "low")}
     pf = vbt.Portfolio.from_signals(close=close[:, None], price=extra["open"], entries=entries.to_numpy(), exits=exits.to_numpy(), **extra, **RULES)
     final = np.asarray(pf.final_value())
-    return dict(seconds=time.perf_counter() - started, sets=count, final=final.tolist())
+    return dict(seconds=time.process_time() - started, sets=count, final=final.tolist())
 
 
 prices = {k: load(k) for k in ("open", "high", "low", "close", "entries", "exits")}
