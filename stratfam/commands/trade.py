@@ -29,7 +29,7 @@ def _paper(folder: Path | None, symbols: list[str] | None, step: str | None, cap
     venue.env.clock.advance(min(warm, len(bars) // 2) * int(bars.step) / 1e9 + 600)
     return venue, bars, int((bars.time[-1]).astype("i8")) // 10**6
 
-
+# %% ../../nbs/commands/05_trade.ipynb #74663667
 def _live(name: str) -> Any:
     "A WEEX venue, live or demo, with the keys of the settings."
     from stratfam.core import ConfigError, Env
@@ -135,7 +135,7 @@ def halt(reason: Annotated[str, typer.Argument(help="Why.")] = "halt", run: RunF
     Controls(run).halt(reason)
     show({"run": str(run), "halt": reason}, as_json, f"{run}: the loop will flatten and stay flat until: stratfam resume REASON --run {run}")
 
-
+# %% ../../nbs/commands/05_trade.ipynb #46a17c09
 @app.command()
 def resume(reason: Annotated[str, typer.Argument(help="Why trading may go on.")], run: RunFolder = Path("runs/paper"), as_json: Json = False) -> None:
     """Clear a halt, with a reason.

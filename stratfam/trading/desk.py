@@ -304,7 +304,7 @@ def _finish(self: Desk, line: Line, found: Sequence[Order]) -> None:
     if line.filled < executed:
         self.since_ms = max(0, min(self.since_ms, line.time_ms) - LOOK_BACK_MS)
         return
-    self._over(line, "filled" if executed else "refused" if normal[0].status == "REJECTED" else "canceled")
+    self._over(line, "filled" if not line.left else "refused" if normal[0].status == "REJECTED" else "canceled")
 
 # %% ../../nbs/trading/03_desk.ipynb #78463f4d
 def _age(self: Desk, line: Line) -> float: # Seconds

@@ -360,18 +360,24 @@ def _wants(self: Loop, mid: np.ndarray) -> tuple[list[Want], Room]:
     after = held + np.array([sum(w.lots for w in out if w.symbol == x) for x in s.symbols])
     price = np.where(np.isfinite(mid), mid, self.closes)
     fees = np.abs(held - after) * lot * price * [m.grids[x].taker for x in s.symbols]
-    room = Room(m.value(price) - float(np.nansum(fees)), s.limits.position.max_leverage, m.reserve, self._spoken_for(price), self.permit.max_notional)
+    taken = self._spoken_for(self._dear(mid))
+    room = Room(m.value(price) - float(np.nansum(fees)), s.limits.position.max_leverage, m.reserve, taken, self.permit.max_notional)
     may = np.array([not self.desk.against(x) for x in s.symbols]) & (np.abs(mid / self.closes - 1.0) <= s.band)
     if m.gate["state"] != ACTIVE or not may.any(): return out, room
-    return out + entries(s.symbols, after, np.where(may, target, after), price, m.rules.sym, room), room
+    return out + entries(s.symbols, after, np.where(may, target, after), self._dear(mid), m.rules.sym, room), room
 
 # %% ../../nbs/trading/04_loop.ipynb #070f2c63
 def _spoken_for(self: Loop, price: np.ndarray) -> float:
     "Notional that entries already on their way may add."
     return worst_notional(self.setup.symbols, np.zeros(len(price), int), self.desk.lots_open("ENTRY"), price, self.mirror.rules.sym["lot"])
 
+# %% ../../nbs/trading/04_loop.ipynb #aace15d8
+def _dear(self: Loop, mid: np.ndarray) -> np.ndarray: # (N,)
+    "Present prices; where one is unknown, the last close with a margin, so that what is held is not counted too cheaply."
+    return np.where(np.isfinite(mid), mid, self.closes * (1.0 + self.setup.band))
 
-Loop._wants, Loop._spoken_for = _wants, _spoken_for
+
+Loop._wants, Loop._spoken_for, Loop._dear = _wants, _spoken_for, _dear
 
 # %% ../../nbs/trading/04_loop.ipynb #4df6ecca
 def _fits(self: Loop, w: Want, mid: np.ndarray, room: Room) -> bool:
@@ -379,8 +385,8 @@ def _fits(self: Loop, w: Want, mid: np.ndarray, room: Room) -> bool:
     if self.desk.lots_open("EXIT", "FLATTEN"): self.desk.reconcile()
     if self.mirror.gate["state"] != ACTIVE or not self.desk.clean or self.desk.unwritten: return False
     if any(l.body["symbol"] == w.symbol and l.outcome == UNKNOWN for l in self.desk.sent): return False
-    price = np.where(np.isfinite(mid), mid, self.closes)
-    worst = worst_notional(self.setup.symbols, self.mirror.lots, self.desk.lots_open("ENTRY"), price, self.mirror.rules.sym["lot"])
+    if self.mirror.lots[self.mirror.index(w.symbol)] * w.lots < 0: return False # The exit before it was filled in part only (R11)
+    worst = worst_notional(self.setup.symbols, self.mirror.lots, self.desk.lots_open("ENTRY"), self._dear(mid), self.mirror.rules.sym["lot"])
     return worst <= min(room.max_leverage * room.equity, room.max_notional) * (1 + 1e-9)
 
 
@@ -394,7 +400,7 @@ def _step(self: Loop) -> float: # Seconds until there is something to do
     left = self._close() + self.setup.step_ms + self.setup.grace_s * 1000 - self.venue.now_ms()
     return max(0.05, min(self.setup.poll_s, left / 1000))
 
-
+# %% ../../nbs/trading/04_loop.ipynb #bf596a27
 def _close(self: Loop) -> int: # ms
     "The last close whose bar may be asked for, by venue time."
     return (self.venue.now_ms() - int(self.setup.grace_s * 1000)) // self.setup.step_ms * self.setup.step_ms
