@@ -19,10 +19,10 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv: Python 3.11+ is all it needs
-	@tools/setup.sh dev
+	@tools/setup.sh dev,notify
 
 setup-all:
-	@tools/setup.sh dev,docs,ray
+	@tools/setup.sh dev,notify,docs,ray
 
 demo: setup ## the whole pipeline to an HTML report; DATA=folder uses your bars, OPEN=1 opens the report
 	$(BIN)/stratfam demo $(if $(DATA),--data '$(DATA)') $(if $(OPEN),--open) $(if $(QUICK),--quick)
