@@ -76,7 +76,8 @@ def trade(policy: Annotated[Path, typer.Argument(help="Folder of a saved policy.
     from stratfam.risk.limits import limits_from
     from stratfam.trading.journal import open_journal
     from stratfam.trading.loop import Loop, Setup, install_signals
-    from stratfam.trading.permit import Controls, live_digests, permit
+    from stratfam.trading.permit import Controls, permit
+    from stratfam.validation.validate import live_digests
     from stratfam.validation.verdict import verdict_from_json
     s, model = settings(config, overrides), load(policy)
     known("venue", venue, ("paper", "demo", "weex"))
