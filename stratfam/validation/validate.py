@@ -243,7 +243,7 @@ def _judge_pick(found: Searched, pick: str, cv: CrossValidation, over: Overfitti
                 explain: str) -> Judged:
     "Refit, checks, and the hold-out if nothing else stands against the pick."
     policy, task = refit(found, pick, seed), found.task
-    digests = {**live_digests(policy, task.bars.symbols, task.bars.step, task.limits, task.costs, task.features.names), "data": found.terms["market"]}
+    digests = {**live_digests(policy, task.bars.symbols, task.bars.step, task.limits, task.costs, policy.spec.names), "data": found.terms["market"]}
     checks, skip = own_checks(found, cv, pick, seed)
     lines = beside(found, cv, over, pick)
     sealed, _ = ask(checks, {**skip, "holdout_sign": SEALED}, lines, digests)
