@@ -95,10 +95,7 @@ def _mark(self: Mirror, row: np.ndarray, # (N,) records of the kernel's `BAR`: a
     if close_ms <= self.marked_ms: return
     for n in np.flatnonzero(self.lots):
         if not math.isfinite(row[n]["mark"]): continue
-        p, q = self.pos[n], float(self.lots[n] * self.rules.sym["lot"][n])
-        gain, _, p["best"], p["stop"] = mark_one(_NO_COSTS, self.rules.lim[0], row[n], q, p["last"], p["best"], p["stop"])
-        self.account["price_pnl"] += gain
-        p["last"] = row[n]["mark"]
+        mark_one(_NO_COSTS, self.rules.lim[0], self.account, self.pos[n], row[n], self.lots[n], self.rules.sym["lot"][n])
     self.marked_ms = close_ms
 
 # %% ../../nbs/trading/01_mirror.ipynb #8f4e7ce6
