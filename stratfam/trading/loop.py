@@ -51,6 +51,7 @@ class Setup:
     ttl_s: float = 300.0 # After a close, for acting on it
     poll_s: float = 30.0 # Between two looks at the account
     band: float = 0.05 # An entry further than this from the close it was decided on is not sent
+    fresh_s: float = 2.0 # A price older than this is asked for again before an entry leaves
     errors: int = 5 # Steps in a row that may fail before the loop halts
 
     def __post_init__(self):
@@ -116,7 +117,8 @@ class Loop:
         self.window = Window(setup.symbols, setup.step, setup.rows)
         self.stopping, self.failed, self.lost_events, self.bar_ms = False, 0, 0, 0
         self.levered: set[str] = set() # Symbols whose leverage was read back
-        self.closes = np.full(len(setup.symbols), np.nan)
+        self.closes, self.mid, self.spread = np.full((3, len(setup.symbols)), np.nan)
+        self.asked = np.full(len(setup.symbols), -np.inf) # When each price was asked for, seconds of the monotonic clock
 
     def tell(self, kind: str, **fields: Any) -> None:
         "An event for observers."
@@ -275,18 +277,18 @@ def _fetch(self: Loop, close_ms: int) -> list[str]: # Symbols whose newest bar i
     return [x for n, x in enumerate(s.symbols) if not np.isfinite(self.window.table[3, -1, n])]
 
 # %% ../../nbs/trading/04_loop.ipynb #a8309541
-def _quotes(self: Loop) -> tuple[np.ndarray, np.ndarray]: # (N,) mid, (N,) spread as a fraction; NaN = unknown
-    "Present prices."
-    mid, spread = np.full((2, len(self.setup.symbols)), np.nan)
-    for n, x in enumerate(self.setup.symbols):
-        try: q = self.venue.quote(x)
+def _quotes(self: Loop, which: Sequence[int]) -> None: # Positions of symbols
+    "Ask for present prices: `mid`, and `spread` as a fraction; NaN = unknown."
+    for n in which:
+        self.mid[n] = self.spread[n] = np.nan
+        self.asked[n] = self.env.clock.monotonic()
+        try: q = self.venue.quote(self.setup.symbols[n])
         except StratfamError as e:
-            self.tell("error", where=x, text=str(e))
+            self.tell("error", where=self.setup.symbols[n], text=str(e))
             continue
         if q.bid and q.ask and q.bid <= q.ask:
-            mid[n] = float(q.bid + q.ask) / 2
-            spread[n] = float(q.ask - q.bid) / mid[n]
-    return mid, spread
+            self.mid[n] = float(q.bid + q.ask) / 2
+            self.spread[n] = float(q.ask - q.bid) / self.mid[n]
 
 
 Loop.fetch, Loop.quotes = _fetch, _quotes
@@ -329,12 +331,12 @@ def _cycle(self: Loop, close_ms: int) -> None:
         self.mirror.mark(rows[i], close_ms - (len(bars) - 1 - i) * self.window.ms)
     self.closes = rows["mark"][-1].copy()
     self.mirror.account["equity"] = self.mirror.value(self.closes)
-    mid, spread = self.quotes()
-    decision = self.think(bars, close_ms, spread)
+    self.quotes(range(len(self.closes)))
+    decision = self.think(bars, close_ms, self.spread)
     self.bar_ms = close_ms
-    wants, room = self._wants(mid)
+    wants, room = self._wants(self.mid)
     self.point("decided")
-    still = lambda w: self._fits(w, mid, room)
+    still = lambda w: self._fits(w, room)
     self.desk.submit(wants, close_ms, self._ttl_left(close_ms), [("decision", str(close_ms), decision), self.moment()], still)
     self.tell("decision", **decision)
     self.desk.reconcile()
@@ -380,17 +382,31 @@ def _dear(self: Loop, mid: np.ndarray) -> np.ndarray: # (N,)
 Loop._wants, Loop._spoken_for, Loop._dear = _wants, _spoken_for, _dear
 
 # %% ../../nbs/trading/04_loop.ipynb #4df6ecca
-def _fits(self: Loop, w: Want, mid: np.ndarray, room: Room) -> bool:
-    "Would the book stay within its limits if everything on its way, and this, were filled?"
+def _fits(self: Loop, w: Want, room: Room) -> bool:
+    "Would the book stay within its limits if everything on its way, and this, were filled at present prices?"
+    m, n = self.mirror, self.mirror.index(w.symbol)
     if self.desk.lots_open("EXIT", "FLATTEN"): self.desk.reconcile()
-    if self.mirror.gate["state"] != ACTIVE or not self.desk.clean or self.desk.unwritten: return False
+    if m.gate["state"] != ACTIVE or not self.desk.clean or self.desk.unwritten: return False
     if any(l.body["symbol"] == w.symbol and l.outcome == UNKNOWN for l in self.desk.sent): return False
-    if self.mirror.lots[self.mirror.index(w.symbol)] * w.lots < 0: return False # The exit before it was filled in part only (R11)
-    worst = worst_notional(self.setup.symbols, self.mirror.lots, self.desk.lots_open("ENTRY"), self._dear(mid), self.mirror.rules.sym["lot"])
-    return worst <= min(room.max_leverage * room.equity, room.max_notional) * (1 + 1e-9)
+    if m.lots[n] * w.lots < 0: return False # The exit before it was filled in part only (R11)
+    going = self.desk.lots_open("ENTRY")
+    if not self._fresh(np.flatnonzero([m.lots[i] != 0 or x in going for i, x in enumerate(m.symbols)])): return False
+    if not abs(self.mid[n] / self.closes[n] - 1.0) <= self.setup.band: return False
+    equity = min(room.equity, m.value(np.where(np.isfinite(self.mid), self.mid, self.closes)))
+    worst = worst_notional(m.symbols, m.lots, going, self._dear(self.mid), m.rules.sym["lot"])
+    return worst <= min(room.max_leverage * equity, room.max_notional) * (1 + 1e-9)
+
+# %% ../../nbs/trading/04_loop.ipynb #83c2b5e0
+def _fresh(self: Loop, which: np.ndarray) -> bool: # Positions of symbols
+    "Ask again for prices that have grown old; false when they grow old faster than the venue answers."
+    for _ in range(TRIES + 1):
+        old = which[self.env.clock.monotonic() - self.asked[which] > self.setup.fresh_s]
+        if not len(old): return True
+        self.quotes(old)
+    return False
 
 
-Loop._fits = _fits
+Loop._fits, Loop._fresh = _fits, _fresh
 
 # %% ../../nbs/trading/04_loop.ipynb #0f9ec6de
 def _step(self: Loop) -> float: # Seconds until there is something to do
