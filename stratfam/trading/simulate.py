@@ -238,7 +238,8 @@ def _ended(self: Watch) -> None:
     a = self.sim.account
     taken = {o["client"] for o in [*a.orders.values(), *a.closed, *a.algos.values(), *a.closed_algos]}
     for _, _, kind, key, body, _ in self.sim.disk.rows:
-        if kind == "end" and key in taken and json.loads(body)["end"] == "never_sent": self.fail("R20", f"{key} ended as never sent, yet the venue took it")
+        if kind == "end" and key in taken and json.loads(body)["end"] == "never_sent":
+            self.fail("R20", f"{key} ended as never sent, yet the venue took it")
 
 
 Watch.at_rest, Watch._protected, Watch._ended = _at_rest, _protected, _ended
