@@ -73,15 +73,19 @@ def test_planted_silence_about_stops_is_caught(monkeypatch):
     assert r is not None and r.broken[0].startswith("R10")
 
 
+def hasty(self, w, line, still):
+    "No answer is taken for a no."
+    before(self, w, line, still)
+    if line.outcome == "UNKNOWN" and line.id in self.open: self._over(line, "never_sent", "no answer")
+
+
 def test_planted_end_without_evidence_is_caught(monkeypatch):
-    "An UNKNOWN that is declared dead at the first look."
-    monkeypatch.setattr(desk, "SETTLE_S", 0.0)
-    monkeypatch.setattr(desk.Desk, "_unseen", lambda self, line: self._over(line, "never_sent"))
-    monkeypatch.setattr(desk.Desk, "_must_list", lambda self, snap, fills: True)
-    r = found(("hidden_order", "timeout_after", "error_after", "delayed_state"), seeds=range(30))
-    assert r is None or not r.ok  # Reported, whichever way: the number below is what counts
-    smaller = shrink(r) if r is not None else None
-    assert smaller is None or len(smaller.weather.kinds) <= 4
+    assert found(("timeout_after",), seeds=range(1)) is None
+    monkeypatch.setattr(desk.Desk, "_leave", hasty)
+    r = simulate(0, under=Weather(0, ("timeout_after", "gap"), 0.3, 24))
+    assert not r.ok and r.broken[0].startswith("R20") and "never sent" in r.broken[0]
+    smaller = shrink(r)
+    assert smaller.broken[0].startswith("R20") and smaller.weather.kinds == ("timeout_after",) and smaller.weather.bars < 24
 
 
 def test_crash_everywhere_is_survived():

@@ -226,6 +226,7 @@ def _book_fills(self: Desk, fills: Sequence[Fill], names: Mapping[str, str]) -> 
     for f in fills:
         if f.fill_id in self.journal.book.seen["fill"] or f.fill_id in waiting: continue
         client_id = names.get(f.order_id, "")
+        if not client_id and self._may_be_ours(f.symbol): continue
         purpose = self._purpose(client_id, f)
         body = {"client_id": client_id, "order_id": f.order_id, "symbol": f.symbol, "side": f.side, "price": float(f.price), "fee": float(f.fee),
                 "lots": self.mirror.grids[f.symbol].lots(f.quantity), "time_ms": f.time_ms, "purpose": purpose}
@@ -239,6 +240,11 @@ def _book_fills(self: Desk, fills: Sequence[Fill], names: Mapping[str, str]) -> 
         self.emit("fill", id=f.fill_id, **body)
 
 # %% ../../nbs/trading/03_desk.ipynb #950160c8
+def _may_be_ours(self: Desk, symbol: str) -> bool:
+    "Is the fate of one of our orders in this symbol unknown? Then a fill without a name waits until it is known (seed 5117)."
+    return any(l.body["symbol"] == symbol and l.outcome == UNKNOWN for l in self.sent)
+
+
 def _purpose(self: Desk, client_id: str, f: Fill) -> str:
     "What the order behind a fill was for."
     if client_id in self.open: return self.open[client_id].body["purpose"]
@@ -273,6 +279,7 @@ def block(self: Desk, symbol: str, why: str) -> None:
         self.emit("error", where=symbol, text=f"{why}: no entries until an operator resumes")
 
 
+Desk._may_be_ours = _may_be_ours
 Desk._book_fills, Desk._purpose, Desk.book, Desk._book_bills, Desk.block = _book_fills, _purpose, _book, _book_bills, block
 Desk.started_ms = 0
 

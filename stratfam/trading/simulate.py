@@ -221,6 +221,7 @@ def _at_rest(self: Watch) -> None:
     if lost and not sim.touched: self.fail("R17", f"{len(lost)} fills are in no journal")
     if m.gate["state"] == HALTED and any(lots.values()): self.fail("R8", f"HALTED and holding {lots}")
     self._protected(lots)
+    self._ended()
 
 # %% ../../nbs/trading/05_simulate.ipynb #6a241035
 def _protected(self: Watch, lots: dict[str, int]) -> None:
@@ -231,8 +232,17 @@ def _protected(self: Watch, lots: dict[str, int]) -> None:
         wanted = [abs(lots[s])] if lots[s] and np.isfinite(loop.mirror.pos[n]["stop"]) else []
         if stops != wanted: self.fail("R10", f"{s}: position {lots[s]}, stops {stops}")
 
+# %% ../../nbs/trading/05_simulate.ipynb #a41c7d21
+def _ended(self: Watch) -> None:
+    "R20: what the journal calls never sent never reached the venue."
+    a = self.sim.account
+    taken = {o["client"] for o in [*a.orders.values(), *a.closed, *a.algos.values(), *a.closed_algos]}
+    for _, _, kind, key, body, _ in self.sim.disk.rows:
+        if kind == "end" and key in taken and json.loads(body)["end"] == "never_sent":
+            self.fail("R20", f"{key} ended as never sent, yet the venue took it")
 
-Watch.at_rest, Watch._protected = _at_rest, _protected
+
+Watch.at_rest, Watch._protected, Watch._ended = _at_rest, _protected, _ended
 
 # %% ../../nbs/trading/05_simulate.ipynb #c7130e2b
 class Simulation:
