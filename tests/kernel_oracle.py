@@ -238,7 +238,7 @@ class Oracle:
                 self.pending[n] = self.pos[n].lots
         if self.perp:
             at = self.liquidation_fraction(bars)
-            if at is not None and any(p.lots for p in self.pos):
+            if at is not None and (self.cash < 0 or any(p.lots for p in self.pos)):  # an exit too dear leaves a debt: the venue's
                 self.liquidate(t, bars, at)
         for n, p in enumerate(self.pos):  # inside the bar: stop before target
             b = bars[n]

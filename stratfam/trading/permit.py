@@ -31,6 +31,9 @@ class Permit:
 FOREVER = 1 << 62
 
 # %% ../../nbs/trading/01_permit.ipynb #91e5152e
+def _moment(iso: str) -> np.datetime64: return np.datetime64(iso.removesuffix("Z"), "ns")
+
+# %% ../../nbs/trading/01_permit.ipynb #300085c3
 def refusals(verdict: Verdict | None, # What the user has
              digests: Mapping[str, str], # What is about to trade
              now: np.datetime64, # UTC
@@ -47,7 +50,7 @@ def refusals(verdict: Verdict | None, # What the user has
     return out
 
 
-def _moment(iso: str) -> np.datetime64: return np.datetime64(iso.removesuffix("Z"), "ns")
+
 
 # %% ../../nbs/trading/01_permit.ipynb #8f7fd200
 def permit(live: bool, # Real money
