@@ -30,7 +30,7 @@ demo: setup ## the whole pipeline to an HTML report; DATA=folder uses your bars,
 test: setup ## notebooks against the package (with coverage), notebooks as they are, tests/; under 15 minutes
 	$(PYTEST) --nb-exported nbs --ignore=nbs/tutorials --ignore=nbs/explore -n $(WORKERS) --cov=stratfam --cov-report=term:skip-covered
 	$(PYTEST) nbs --ignore=nbs/tutorials --ignore=nbs/explore -n $(WORKERS)
-	$(PYTEST) tests -m "not proof and not bench and not soak" -n $(WORKERS) --dist loadfile
+	$(PYTEST) tests -m "not proof and not bench and not soak"
 
 proof: setup-all ## planted bugs, many seeds, learning, tutorials, the docs site; under 25 minutes
 	$(PYTEST) tests -m proof $(NONE_OK)
