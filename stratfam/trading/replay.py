@@ -75,8 +75,8 @@ class Replayer:
 
 # %% ../../nbs/trading/15_replay.ipynb #f3e6e88a
 def _on_start(self: Replayer, e: Entry) -> None:
-    "A process begins, with an empty window."
-    self.window = None
+    "A process begins: with an empty window, and without the adjustments that the last one had not written into a state."
+    self.window, self.notes = None, [n for n in self.notes if n.key != "adjust"]
     if self.policy is not None and e.body.get("model") != digest(self.policy):
         raise ConfigError(f"this journal was written with another policy (entry {e.seq}: model {str(e.body.get('model'))[:12]}, the one given is "
                           f"{digest(self.policy)[:12]}). Name the right one with --policy.")
@@ -136,7 +136,8 @@ def _take_cash(self: Replayer, e: Entry) -> None:
     "Compare cash, then take the journal's; money that the loop could not explain either is in its notes."
     found, account = float(e.body["mirror"]["account"]["cash"]), self.mirror.account
     noted = [float(n.body["amount"]) for n in self.notes if n.key == "adjust"]
-    for amount in noted: self.mirror.shift(amount)
+    for amount in noted:
+        if amount > ODD * max(1.0, abs(found)): self.mirror.shift(amount)
     mine = float(account["cash"]) + sum(noted)
     if not abs(found - mine) <= ODD * max(1.0, abs(found), float(account["equity"])): self.differ(e, "state account cash", found, mine)
     account["cash"] = found
