@@ -130,9 +130,7 @@ def trade(policy: Annotated[Path, typer.Argument(help="Folder of a saved policy.
     stop = end if bars is None else made.now_ms() + bars * setup.step_ms
     try:
         with screen: loop.run(stop)
-    finally:
-        journal.close()
-        if contact: contact.close()
+    finally: (journal.close(), contact and contact.close())
     show(_summary(run), as_json)
 
 # %% ../../nbs/commands/05_trade.ipynb #91663272
