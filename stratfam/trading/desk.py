@@ -51,6 +51,7 @@ class Desk:
         self.moved: dict[str, int] = {} # Symbol -> time of its newest fill: an older position is yesterday's news
         self.listed = False # This process has seen a complete list of orders
         self.odd = 0.0 # Money that nobody explained, at the last look
+        self.bar_ms = 0 # For which protection was last put in order
         self.unsent: set[str] = set() # Journaled in this moment, not yet on their way
         self.keys = "" # Why the venue does not accept our key, when it does not
         self.rest: Any = None # What the account looked like when last everything was explained
@@ -508,6 +509,8 @@ Desk.against, Desk.lots_open = _against, _lots_open
 def _protect(self: Desk, bar_ms: int) -> None:
     "Make the venue's stops and targets what they should be."
     if not self.venue.stops or self.snap is None: return
+    if bar_ms != self.bar_ms: self.refused = {k: n for k, n in self.refused.items() if k[1] != "TARGET"} # A new bar, a new try (seed 10005)
+    self.bar_ms = bar_ms
     listed = {o.client_id for o in self.snap.orders}
     fresh = [l for l in self.open.values() if l.body["trigger"] and l.outcome == ACK and l.id not in listed and self.age(l) < SETTLE_S]
     resting = [o for o in self.snap.orders if o.trigger] + [_as_order(l) for l in fresh]
