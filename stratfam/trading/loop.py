@@ -116,7 +116,8 @@ class Loop:
         self.permit, self.controls, self.observers, self.point = permit, controls, list(observers), point
         self.window = Window(setup.symbols, setup.step, setup.rows)
         self.stopping, self.failed, self.lost_events, self.bar_ms = False, 0, 0, 0
-        self.waits, self.polled, self.synced_ms = 0, -math.inf, -1 # Tries at this close; monotonic time of the last look; close the clocks were compared for
+        self.waits, self.polled = 0, -math.inf # Tries at this close; monotonic time of the last look
+        self.synced_ms = -1 # Close for which the clocks were compared
         self.levered: set[str] = set() # Symbols whose leverage was read back
         self.closes, self.mid, self.spread = np.full((3, len(setup.symbols)), np.nan)
         self.asked = np.full(len(setup.symbols), -np.inf) # When each price was asked for, seconds of the monotonic clock
