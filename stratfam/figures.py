@@ -52,7 +52,7 @@ class WorldReport:
     maintenance: float | None = None # Maintenance margin rate of a perpetual; None = spot, nothing can be liquidated
     regimes: pd.DataFrame | None = None # Index time; regime (label known at that close), route (the policy in charge)
     confidence: pd.DataFrame | None = None # stated in [0, 1], right: one row a decision, out of fold
-    learning: pd.DataFrame | None = None # seed, step, name, value: what a learner reported
+    learning: pd.DataFrame | None = None # seed or training, step, name, value: what a learner reported
     basis: pd.DataFrame | None = None # Index time, one column a symbol: trading venue over data venue - 1, basis points
     orders: pd.DataFrame | None = None # time, symbol, side, qty, price, status, shortfall_bps: one row an order sent
 
@@ -664,17 +664,18 @@ def learning_figure(w: WorldReport) -> Html:
     "What the learner reported while it learned."
     title, log = f"Learning: {w.title}", w.learning
     if log is None or log.empty: return absent(title, "Nothing was trained in this run, or the learner reported nothing.")
-    names = list(dict.fromkeys(log["name"]))[:4]
+    names, who = list(dict.fromkeys(log["name"]))[:4], "training" if "training" in log else "seed"
     def paint(*axes):
         for ax, name in zip(axes, names):
             part = log[log["name"] == name]
-            for _, one in part.groupby("seed"):
+            for _, one in part.groupby(who):
                 _trace(ax, one["step"].to_numpy(), one["value"].to_numpy("f8"), 300, color=BLUE, alpha=0.4, lw=1)
             middle = part.groupby("step")["value"].median()
             _trace(ax, middle.index, middle.to_numpy("f8"), 300, color=RED, lw=2); _finish(ax, y=name)
         axes[-1].set_xlabel("environment steps")
-    return draw(paint, title, f"{log['seed'].nunique()} seeds, one thin line each, the thick one their median. Measured on training rows: a curve "
-                "that still rises wants more steps, one that falls again is learning the noise; neither says anything about other rows.",
+    return draw(paint, title, f"{log[who].nunique()} trainings (seeds, folds, members), one thin line each, the thick one their median. Measured on "
+                "training rows: a curve that still rises wants more steps, one that falls again is learning the noise; neither says anything about "
+                "other rows.",
                 rows=len(names), size=(8, 0.8 + 1.7 * len(names)), sharex=True)
 
 # %% ../nbs/figures.ipynb #51b61ae2
