@@ -314,7 +314,8 @@ def events_at(b: Backtest, # The account
 # %% ../nbs/figures.ipynb #49110776
 def equity_figure(w: WorldReport) -> Html:
     "Equity (log) above, drawdown below, the judged policy against its baselines."
-    pick = w.backtests[w.pick]
+    pick, seen = w.backtests[w.pick], str(w.facts.get("accounts shown", ""))
+    shown = f"Shown: {seen}. " if seen else ""
     def paint(top, low):
         for name, style in _styles(w).items():
             level = level_of(w.backtests[name])
@@ -327,7 +328,7 @@ def equity_figure(w: WorldReport) -> Html:
         _multiples(top); _dates(low)
         _finish(top, y="equity / start", legend=4); _finish(low, y="below peak, %")
     return draw(paint, f"Equity and drawdown: {w.title}",
-                f"Log scale: equal heights are equal gains. {w.pick} ends at {level_of(pick)[-1]:.2f}x after costs, at worst "
+                f"{shown}Log scale: equal heights are equal gains. {w.pick} ends at {level_of(pick)[-1]:.2f}x after costs, at worst "
                 f"{-100 * drawdown(level_of(pick)).min():.0f} % below its peak. A curve that only beats cash, not its baselines, has shown "
                 "the market, not skill.", rows=2, size=(8.0, 4.9), height_ratios=[2.2, 1], sharex=True)
 
@@ -342,6 +343,9 @@ def paths_figure(w: WorldReport) -> Html:
     ret = w.paths.get(w.pick)
     if ret is None or ret.empty: return absent("Cross-validation paths", "This run has no path of cross-validation for the judged policy.")
     level, sharpe = (1.0 + ret).cumprod(), _sharpes(ret, w.step)
+    same = bool((ret.sub(ret.iloc[:, 0], axis=0).abs() < 1e-12).all(axis=None)) and ret.shape[1] > 1
+    agree = ("All paths are one: a rule that learns nothing walks the same way whatever it was trained on." if same else
+             "Paths share most of their data and agree more than independent trials would.")
     def paint(ax):
         for n, name in enumerate(level):
             _trace(ax, level.index, level[name].to_numpy(), 400, color=BLUE, alpha=0.35, lw=1, label="" if n else f"{ret.shape[1]} paths")
@@ -350,7 +354,7 @@ def paths_figure(w: WorldReport) -> Html:
         _multiples(ax); _dates(ax); _finish(ax, y="equity / start", legend=3)
     return draw(paint, f"Cross-validation paths: {w.title}",
                 f"Each thin line walks the whole span out of sample, trained on other rows. Annual Sharpe from {sharpe.min():.2f} to "
-                f"{sharpe.max():.2f}, median {sharpe.median():.2f}. Paths share most of their data and agree more than independent trials would.")
+                f"{sharpe.max():.2f}, median {sharpe.median():.2f}. {agree}")
 
 # %% ../nbs/figures.ipynb #3f47ef1e
 def pbo_figure(w: WorldReport) -> Html:
@@ -673,7 +677,7 @@ def learning_figure(w: WorldReport) -> Html:
             middle = part.groupby("step")["value"].median()
             _trace(ax, middle.index, middle.to_numpy("f8"), 300, color=RED, lw=2); _finish(ax, y=name)
         axes[-1].set_xlabel("environment steps")
-    return draw(paint, title, f"{log[who].nunique()} trainings (seeds, folds, members), one thin line each, the thick one their median. Measured on "
+    return draw(paint, title, f"{log[who].nunique()} {who}s, one thin line each, the thick one their median. Measured on "
                 "training rows: a curve that still rises wants more steps, one that falls again is learning the noise; neither says anything about "
                 "other rows.",
                 rows=len(names), size=(8, 0.8 + 1.7 * len(names)), sharex=True)

@@ -54,7 +54,8 @@ def _session_run(folder: Path) -> Any: # figures.RunData
     runs = {s.about["run"]: s.account}
     facts = {"venue": s.about["venue"], "account": s.about["account"], "permit": s.about["permit"], "symbols": ", ".join(s.account.symbols),
              "bar length": step_name(s.account.step), "bars": len(s.account), "state at the end": s.state, "starts": s.starts, "asked": s.asked}
-    world = WorldReport(f"Session {s.about['run']} on {s.about['venue']}", False, facts, s.account.step, s.about["run"], runs, (), merits(runs), orders=s.orders)
+    title = f"Session {s.about['run']} on {s.about['venue']}"
+    world = WorldReport(title, False, facts, s.account.step, s.about["run"], runs, (), merits(runs), orders=s.orders)
     return RunData("session", Env().iso(), command_line(), (world,), digests={"model": s.about["model"], "config": s.about["config"]},
                    versions=versions())
 

@@ -62,8 +62,9 @@ def _orders(entries: Sequence[Entry], size: Mapping[str, float]) -> pd.DataFrame
     rows: dict[str, dict[str, Any]] = {}
     for e in entries:
         if e.kind == "intent":
-            rows[e.key] = {"time": pd.Timestamp(e.time_ms, unit="ms"), "symbol": e.body["symbol"], "side": e.body["side"],
-                           "purpose": e.body["purpose"], "qty": float(e.body["quantity"]), "price": np.nan, "fee": 0.0, "filled": 0.0, "status": "open"}
+            said = {k: e.body[k] for k in ("symbol", "side", "purpose")}
+            rows[e.key] = {"time": pd.Timestamp(e.time_ms, unit="ms"), **said, "qty": float(e.body["quantity"]), "price": np.nan, "fee": 0.0,
+                           "filled": 0.0, "status": "open"}
         row = rows.get(e.body.get("client_id") if e.kind == "fill" else e.key)
         if row is None: continue
         if e.kind == "fill":
