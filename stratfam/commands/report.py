@@ -49,8 +49,8 @@ def _session_run(folder: Path) -> Any: # figures.RunData
     from stratfam.core import Env, step_name
     from stratfam.figures import RunData, WorldReport, merits
     from stratfam.policies.base import versions
-    from stratfam.trading.session import session_of
-    s = session_of(folder)
+    from stratfam.trading.history import history_of
+    s = history_of(folder)
     runs = {s.about["run"]: s.account}
     facts = {"venue": s.about["venue"], "account": s.about["account"], "permit": s.about["permit"], "symbols": ", ".join(s.account.symbols),
              "bar length": step_name(s.account.step), "bars": len(s.account), "state at the end": s.state, "starts": s.starts, "asked": s.asked}
