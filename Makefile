@@ -42,7 +42,6 @@ docs: setup-all ## the documentation site, offline, in _docs/html
 
 docs-test: setup-all ## every page of the built site in a headless Chromium, at phone and desktop width (run `make docs` first)
 	@test -f _docs/html/index.html || { echo "no site yet: run make docs"; exit 1; }
-	$(PY) -c 'import playwright' 2>/dev/null || $(PY) -m uv pip install -q -p $(PY) playwright || $(PY) -m pip install -q playwright
 	@command -v chromium chromium-browser google-chrome >/dev/null || $(PY) -m playwright install --with-deps chromium
 	$(PYTEST) tests/test_docs_site.py
 
