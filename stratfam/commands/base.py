@@ -71,11 +71,9 @@ def show(answer: Any, # A frame, mapping, list or text
     else: print(text if text is not None else answer.to_string(index=answer.index.name is not None) if frame else answer)
 
 # %% ../../nbs/commands/00_base.ipynb #a8d59d05
-def command_line() -> str:
+def command_line(context: typer.Context) -> str:
     "The command line being run."
-    import click
-    context = click.get_current_context(silent=True)
-    return str(context.find_root().obj) if context is not None else "stratfam"
+    return str(context.find_root().obj)
 
 # %% ../../nbs/commands/00_base.ipynb #f3fecb88
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -139,7 +139,8 @@ def training_page(policy: Any, fit: Any, learnt: Any, task: Any, train: Any, see
 
 # %% ../../nbs/commands/04_family.ipynb #5ceafefa
 @app.command()
-def train(name: Annotated[str | None, typer.Argument(help="A strategy; without it, the list.")] = None, folder: Folder = None,
+def train(context: typer.Context,
+          name: Annotated[str | None, typer.Argument(help="A strategy; without it, the list.")] = None, folder: Folder = None,
           symbols: Symbols = None, step: Step = None, market: MarketIs = None, start: Start = None, end: End = None,
           features: Annotated[str | None, typer.Option("--features", help="Comma-separated; default: the house's set.")] = None,
           steps: Annotated[int | None, typer.Option("--steps", min=1, help="Environment steps of a learner; default: its own.")] = None,
@@ -166,7 +167,7 @@ def train(name: Annotated[str | None, typer.Argument(help="A strategy; without i
     numbers = [int(n) for n in names_of(seeds) or ["0"]] if fit.stochastic else [0]
     where = lambda n: place if len(numbers) == 1 else place / f"seed-{n}"
     note = {"holdout": s.validation.holdout_fraction, "strategy": name}
-    line = command_line()
+    line = command_line(context)
     page_of = lambda n: (lambda *found: training_page(*found, task, rows, n, name, folder_of(folder), line, s)) if report else None
     made = [train_one(fit, task, rows, n, where(n), tensorboard, as_json, note, page_of(n)) for n in numbers]
     text = "\n".join(f"{m['policy']}: {m['is']}, digest {m['digest'][:12]}" + (f"\n{m['report']}" if "report" in m else "") for m in made)
@@ -362,7 +363,8 @@ def walked_by(what: str, folder: Path | None, symbols: Any, step: str | None, ma
 COLUMNS = ("total_return", "cagr", "sharpe", "sharpe_se", "max_drawdown", "volatility", "exposure", "trades", "turnover_a_year", "bars")
 
 @app.command()
-def backtest(what: Annotated[str, typer.Argument(help="A saved policy's folder, a rule by name, or a CSV of weights.")], folder: Folder = None,
+def backtest(context: typer.Context,
+             what: Annotated[str, typer.Argument(help="A saved policy's folder, a rule by name, or a CSV of weights.")], folder: Folder = None,
              symbols: Symbols = None, step: Step = None, market: MarketIs = None, start: Start = None, end: End = None,
              report: Annotated[bool, typer.Option("--report", help="Write a page about it and print its path.")] = False,
              open_browser: Annotated[bool, typer.Option("--open", help="Open that page.")] = False,
@@ -381,7 +383,7 @@ def backtest(what: Annotated[str, typer.Argument(help="A saved policy's folder, 
     if report or open_browser:
         facts = {"policy": found["says"]} | ({"note": note} if note else {})
         page = report_run("backtest", f"Backtest of {Path(what).stem}", runs, facts, found["think"](), folder_of(folder),
-                          command_line(), found["task"], out or s.report.folder)
+                          command_line(context), found["task"], out or s.report.folder)
     if as_json: show({"metrics": table.reset_index().to_dict("records"), "note": note, "report": page and str(page)}, True)
     else: show(None, False, "\n".join(x for x in (table.T.map(lambda v: f"{v:,.4g}").to_string(), note and f"NOTE: {note}", page and str(page)) if x))
     if open_browser: open_page(page)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import Config, Json, Set, app, open_page, settings, show, with_bars
+from .base import Config, Json, Set, app, command_line, open_page, settings, show, with_bars
 
 # %% ../../nbs/commands/06_report.ipynb #5fff2ef3
 @app.command()
@@ -43,9 +43,8 @@ def _given(params: list[str] | None) -> dict[str, Any]:
     return out
 
 # %% ../../nbs/commands/06_report.ipynb #3e8341f9
-def _session_run(folder: Path) -> Any: # figures.RunData
+def _session_run(folder: Path, line: str) -> Any: # figures.RunData
     "A trading session as a report shows it."
-    from stratfam.commands.base import command_line
     from stratfam.core import Env, step_name
     from stratfam.figures import RunData, WorldReport, merits
     from stratfam.policies.base import versions
@@ -56,12 +55,13 @@ def _session_run(folder: Path) -> Any: # figures.RunData
              "bar length": step_name(s.account.step), "bars": len(s.account), "state at the end": s.state, "starts": s.starts, "asked": s.asked}
     title = f"Session {s.about['run']} on {s.about['venue']}"
     world = WorldReport(title, False, facts, s.account.step, s.about["run"], runs, (), merits(runs), orders=s.orders)
-    return RunData("session", Env().iso(), command_line(), (world,), digests={"model": s.about["model"], "config": s.about["config"]},
+    return RunData("session", Env().iso(), line, (world,), digests={"model": s.about["model"], "config": s.about["config"]},
                    versions=versions())
 
 # %% ../../nbs/commands/06_report.ipynb #8adfa046
 @app.command()
-def report(run_folder: Annotated[Path | None, typer.Argument(help="A folder in reports/runs, or the saved run inside it.")] = None,
+def report(context: typer.Context,
+           run_folder: Annotated[Path | None, typer.Argument(help="A folder in reports/runs, or the saved run inside it.")] = None,
            template: Annotated[str, typer.Option("--template", help="Name in reports/templates, or a notebook's path.")] = "validation",
            out: Annotated[Path, typer.Option("--out", help="Where the report's folder is made.")] = Path("reports/runs"),
            param: Annotated[list[str] | None, typer.Option("--param", help="name=value for the template; may be repeated.")] = None,
@@ -74,7 +74,7 @@ def report(run_folder: Annotated[Path | None, typer.Argument(help="A folder in r
     from stratfam.reporting import load_run, run_report, sample_run
     params = _given(param)
     made = sample_run() if sample else None
-    if run_folder is not None and (run_folder / "journal.db").is_file(): made, template = _session_run(run_folder), "paper_trading"
+    if run_folder is not None and (run_folder / "journal.db").is_file(): made, template = _session_run(run_folder, command_line(context)), "paper_trading"
     elif run_folder is not None: made = load_run(run_folder / "run" if (run_folder / "run").is_dir() else run_folder)
     page = run_report(template, params, out, run=made)
     show({"report": str(page), "index": str(page.parents[1] / "index.html")}, as_json, str(page))
