@@ -8,7 +8,7 @@ BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
-# Two workers pay for the notebooks (each imports much and then waits little); WORKERS=0 runs them in one process.
+# Two workers; the tests of one file stay together, because they share fixtures. WORKERS=0 runs everything in one process.
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -q --durations=5
 # pytest answers 5 when it collected nothing: fine for a room that has no such tests yet.
@@ -30,10 +30,10 @@ demo: setup ## the whole pipeline to an HTML report; DATA=folder uses your bars,
 test: setup ## notebooks against the package (with coverage), notebooks as they are, tests/; under 15 minutes
 	$(PYTEST) --nb-exported nbs --ignore=nbs/tutorials --ignore=nbs/explore -n $(WORKERS) --cov=stratfam --cov-report=term:skip-covered
 	$(PYTEST) nbs --ignore=nbs/tutorials --ignore=nbs/explore -n $(WORKERS)
-	$(PYTEST) tests -m "not proof and not bench and not soak"
+	$(PYTEST) tests -m "not proof and not bench and not soak" -n $(WORKERS) --dist loadfile
 
 proof: setup-all ## planted bugs, many seeds, learning, tutorials, the docs site; under 25 minutes
-	$(PYTEST) tests -m proof $(NONE_OK)
+	$(PYTEST) tests -m proof -n $(WORKERS) --dist loadfile $(NONE_OK)
 	$(if $(TUTORIALS),$(PYTEST) $(TUTORIALS) --nb-flags slow)
 	$(MAKE) --no-print-directory docs
 
@@ -42,7 +42,6 @@ docs: setup-all ## the documentation site, offline, in _docs/html
 
 docs-test: setup-all ## every page of the built site in a headless Chromium, at phone and desktop width (run `make docs` first)
 	@test -f _docs/html/index.html || { echo "no site yet: run make docs"; exit 1; }
-	$(PY) -c 'import playwright' 2>/dev/null || $(PY) -m uv pip install -q -p $(PY) playwright || $(PY) -m pip install -q playwright
 	@command -v chromium chromium-browser google-chrome >/dev/null || $(PY) -m playwright install --with-deps chromium
 	$(PYTEST) tests/test_docs_site.py
 

@@ -39,7 +39,7 @@ from .validation.ledger import Ledger
 from .validation.pbo import pbo
 from .validation.splits import CombinatorialPurgedCV
 from .validation.statistics import daily, metrics
-from .validation.study import CrossValidation, cross_validate
+from .validation.study import CrossValidation, cross_validate, market_days
 from .validation.verdict import check_canaries, check_costs, check_holdout, check_seeds, judge, report
 
 # %% ../nbs/demo.ipynb #9ff96773
@@ -213,7 +213,8 @@ def judge_market(m: Market, # What to judge
     family = ledger.family(*span)
     tried, over = family.daily.rename(columns=names), pbo(cv.trials, S=16)
     low = min(_sharpe(cv.paths[pick][c], task.bars.step) for c in cv.paths[pick])
-    verdict, _ = judge(tried, {k: tried[k] for k in m.benchmarks if tried[k].std() > 0}, family.counted, looks, m.plan.target, checks,
+    bench = {"market": market_days(task.bars, tried.index), **{k: tried[k] for k in m.benchmarks if tried[k].std() > 0}}
+    verdict, _ = judge(tried, bench, family.counted, looks, m.plan.target, checks,
                        {names.get(k, k): v for k, v in family.changes.items()}, skip, skilled,
                        [report("pbo", over.pbo), report("lowest_path", low)], _digests(m), env, synthetic=m.found.synthetic)
     return Judged(_world(m, cv, held, pick, verdict, over), verdict)

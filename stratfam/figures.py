@@ -52,7 +52,7 @@ class WorldReport:
     maintenance: float | None = None # Maintenance margin rate of a perpetual; None = spot, nothing can be liquidated
     regimes: pd.DataFrame | None = None # Index time; regime (label known at that close), route (the policy in charge)
     confidence: pd.DataFrame | None = None # stated in [0, 1], right: one row a decision, out of fold
-    learning: pd.DataFrame | None = None # seed, step, name, value: what a learner reported
+    learning: pd.DataFrame | None = None # seed or training, step, name, value: what a learner reported
     basis: pd.DataFrame | None = None # Index time, one column a symbol: trading venue over data venue - 1, basis points
     orders: pd.DataFrame | None = None # time, symbol, side, qty, price, status, shortfall_bps: one row an order sent
 
@@ -314,7 +314,8 @@ def events_at(b: Backtest, # The account
 # %% ../nbs/figures.ipynb #49110776
 def equity_figure(w: WorldReport) -> Html:
     "Equity (log) above, drawdown below, the judged policy against its baselines."
-    pick = w.backtests[w.pick]
+    pick, seen = w.backtests[w.pick], str(w.facts.get("accounts shown", ""))
+    shown = f"Shown: {seen}. " if seen else ""
     def paint(top, low):
         for name, style in _styles(w).items():
             level = level_of(w.backtests[name])
@@ -327,7 +328,7 @@ def equity_figure(w: WorldReport) -> Html:
         _multiples(top); _dates(low)
         _finish(top, y="equity / start", legend=4); _finish(low, y="below peak, %")
     return draw(paint, f"Equity and drawdown: {w.title}",
-                f"Log scale: equal heights are equal gains. {w.pick} ends at {level_of(pick)[-1]:.2f}x after costs, at worst "
+                f"{shown}Log scale: equal heights are equal gains. {w.pick} ends at {level_of(pick)[-1]:.2f}x after costs, at worst "
                 f"{-100 * drawdown(level_of(pick)).min():.0f} % below its peak. A curve that only beats cash, not its baselines, has shown "
                 "the market, not skill.", rows=2, size=(8.0, 4.9), height_ratios=[2.2, 1], sharex=True)
 
@@ -342,6 +343,9 @@ def paths_figure(w: WorldReport) -> Html:
     ret = w.paths.get(w.pick)
     if ret is None or ret.empty: return absent("Cross-validation paths", "This run has no path of cross-validation for the judged policy.")
     level, sharpe = (1.0 + ret).cumprod(), _sharpes(ret, w.step)
+    same = bool((ret.sub(ret.iloc[:, 0], axis=0).abs() < 1e-12).all(axis=None)) and ret.shape[1] > 1
+    agree = ("All paths are one: a rule that learns nothing walks the same way whatever it was trained on." if same else
+             "Paths share most of their data and agree more than independent trials would.")
     def paint(ax):
         for n, name in enumerate(level):
             _trace(ax, level.index, level[name].to_numpy(), 400, color=BLUE, alpha=0.35, lw=1, label="" if n else f"{ret.shape[1]} paths")
@@ -350,7 +354,7 @@ def paths_figure(w: WorldReport) -> Html:
         _multiples(ax); _dates(ax); _finish(ax, y="equity / start", legend=3)
     return draw(paint, f"Cross-validation paths: {w.title}",
                 f"Each thin line walks the whole span out of sample, trained on other rows. Annual Sharpe from {sharpe.min():.2f} to "
-                f"{sharpe.max():.2f}, median {sharpe.median():.2f}. Paths share most of their data and agree more than independent trials would.")
+                f"{sharpe.max():.2f}, median {sharpe.median():.2f}. {agree}")
 
 # %% ../nbs/figures.ipynb #3f47ef1e
 def pbo_figure(w: WorldReport) -> Html:
@@ -664,17 +668,18 @@ def learning_figure(w: WorldReport) -> Html:
     "What the learner reported while it learned."
     title, log = f"Learning: {w.title}", w.learning
     if log is None or log.empty: return absent(title, "Nothing was trained in this run, or the learner reported nothing.")
-    names = list(dict.fromkeys(log["name"]))[:4]
+    names, who = list(dict.fromkeys(log["name"]))[:4], "training" if "training" in log else "seed"
     def paint(*axes):
         for ax, name in zip(axes, names):
             part = log[log["name"] == name]
-            for _, one in part.groupby("seed"):
+            for _, one in part.groupby(who):
                 _trace(ax, one["step"].to_numpy(), one["value"].to_numpy("f8"), 300, color=BLUE, alpha=0.4, lw=1)
             middle = part.groupby("step")["value"].median()
             _trace(ax, middle.index, middle.to_numpy("f8"), 300, color=RED, lw=2); _finish(ax, y=name)
         axes[-1].set_xlabel("environment steps")
-    return draw(paint, title, f"{log['seed'].nunique()} seeds, one thin line each, the thick one their median. Measured on training rows: a curve "
-                "that still rises wants more steps, one that falls again is learning the noise; neither says anything about other rows.",
+    return draw(paint, title, f"{log[who].nunique()} {who}s, one thin line each, the thick one their median. Measured on "
+                "training rows: a curve that still rises wants more steps, one that falls again is learning the noise; neither says anything about "
+                "other rows.",
                 rows=len(names), size=(8, 0.8 + 1.7 * len(names)), sharex=True)
 
 # %% ../nbs/figures.ipynb #51b61ae2

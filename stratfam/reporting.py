@@ -44,6 +44,7 @@ from stratfam.core import (
     bars_digest,
     digest,
     known,
+    step_name,
     write_atomic,
 )
 from .figures import Html, RunData, WorldReport, absent, block, policy_label, results_picture, sample_run # noqa: F401 the sample is for users
@@ -189,7 +190,7 @@ def verdict_box(w: WorldReport) -> Html:
     folded = f"<details><summary>Reported beside it ({len(others)})</summary>{_tests(others)}</details>" if others else ""
     stamp = '<span class="chip">SYNTHETIC</span>' if w.synthetic or v.synthetic else ""
     life = f" Valid until {say(v.expires)}." if v.decision == ACCEPT else ""
-    about = f"{say(w.pick)}</b> on {say(w.facts.get('symbols', ''))} {say(w.facts.get('step', ''))}"
+    about = f"{say(w.pick)}</b> on {say(w.facts.get('symbols', ''))} {say(step_name(w.step))}"
     return Html(f'<section class="verdict {kind}"><h2>{say(w.title)} {stamp}</h2>'
                 f'<p class="decision"><span aria-hidden="true">{sign}</span> {v.decision}</p>'
                 f'<p>About <b>{about}.{life}</p><p class="next"><b>Next:</b> {say(v.next_step)}</p>{_tests(gates)}{folded}</section>',
@@ -202,7 +203,10 @@ def metrics_table(w: WorldReport) -> Html:
     figures = w.metrics.loc[names].T
     cells = pd.DataFrame({policy_label(w, n): [number(v, k in SHARES) for k, v in figures[n].items()] for n in names},
                          index=pd.Index([str(k).replace("_", " ") for k in figures.index], name="figure"))
-    return table(cells, f"Figures of merit: {w.title}", "After all costs. Sharpe ratios are per year of 365 days of 24 hours; the standard error of "
+    span = w.metrics["bars"].get(w.pick) if "bars" in w.metrics else None
+    other = span is not None and int(span) != len(w.backtests[w.pick])
+    over = f"Over all {int(span):,} bars of the cross-validation, not only those of the accounts drawn here. " if other else ""
+    return table(cells, f"Figures of merit: {w.title}", f"{over}After all costs. Sharpe ratios are per year of 365 days of 24 hours; the standard error of "
                  "one over Y years is at least 1 / sqrt(Y).")
 
 

@@ -71,11 +71,50 @@ def test_a_made_world_is_read_back_and_checked(stratfam, tmp_path):
     assert code == 0 and {r["missing"] for r in json.loads(out)} == {0}
 
 
-def test_every_command_has_help_with_an_example(stratfam):
-    for group, names in {(): ["demo", "report"], ("data",): ["check", "list", "download", "worlds"], ("config",): ["show", "check"]}.items():
-        for name in names:
-            code, out, _ = stratfam(*group, name, "--help")
-            assert code == 0 and "Example: stratfam" in out, (group, name)
+def leaves():
+    "Every command that does something, with its words."
+    import typer.main
+
+    from stratfam.commands.base import app
+    def walk(c, words):
+        if not hasattr(c, "commands"): yield tuple(words), c
+        for n, child in getattr(c, "commands", {}).items(): yield from walk(child, [*words, n])
+    return dict(walk(typer.main.get_command(app), []))
+
+
+@pytest.mark.parametrize("words", leaves(), ids=" ".join)
+def test_every_command_has_help_with_an_example_and_can_answer_in_json(stratfam, words):
+    code, out, _ = stratfam(*words, "--help")
+    assert code == 0 and "Example: stratfam" in out
+    assert "--json" in out or words == ("config", "schema")
+
+
+def test_a_shell_can_complete_commands():
+    env = {**os.environ, "_STRATFAM_COMPLETE": "complete_bash", "COMP_WORDS": "stratfam conf", "COMP_CWORD": "1"}
+    said = subprocess.run([sys.executable, "-m", "stratfam.cli"], capture_output=True, text=True, env=env, check=False)
+    assert said.stdout.split() == ["config"] and said.stderr == ""
+
+
+def test_into_a_pipe_nothing_is_coloured(tmp_path):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("STRATFAM_")}
+    for more in ({"NO_COLOR": "1"}, {"FORCE_COLOR": ""}):
+        line = [sys.executable, "-m", "stratfam.cli", "doctor"]
+        said = subprocess.run(line, capture_output=True, text=True, env={**env, **more}, cwd=tmp_path, check=False)
+        assert "\x1b" not in said.stdout + said.stderr and "numpy" in said.stdout
+
+
+def test_runs_are_listed_and_compared(stratfam, tmp_path):
+    from stratfam.figures import sample_run
+    from stratfam.reporting import write_results
+    for name, seed in (("a", 1), ("b", 2)): write_results(sample_run(seed, 300), tmp_path / "reports" / "runs" / name)
+    code, out, _ = stratfam("runs", "--json")
+    assert code == 0 and [r["run"] for r in json.loads(out)] == ["b", "a"] and (tmp_path / "reports" / "runs" / "index.html").is_file()
+    code, out, _ = stratfam("runs", "a", "b", "--json")
+    lines = {r["line"]: (r["a"], r["b"]) for r in json.loads(out)}
+    assert code == 0 and "Real bars (made up): sharpe" in lines and all(x != y for x, y in lines.values())
+    assert stratfam("runs", "a", "a")[:2] == (0, "The two runs say the same.\n")
+    code, _, err = stratfam("runs", "a", "bb")
+    assert code == 1 and "Did you mean 'b'?" in err
 
 
 def test_the_top_of_the_program_loads_nothing_heavy():

@@ -116,6 +116,7 @@ def test_episode_starts_equal_their_definition():
 
 @pytest.mark.parametrize("reward", ["log", "volatility", "sharpe", "drawdown"])
 def test_rewards_are_finite_and_repeat(reward):
+    "F5: the same actions from the same start earn the same."
     a, f = setting("perp", 2, **MARKETS["wild"][1])
     run = []
     for _ in range(2):
@@ -167,6 +168,7 @@ def test_the_observation_handed_out_before_stays_intact():
 
 
 def test_the_action_is_never_changed():
+    "F6"
     a, f = setting("spot", 6)
     env = BatchEnv(a, f, ObservationSpec(("rb",)), [(0, 1500)], B=4, episode=10)
     for dtype in ("f4", "f8"):

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 from html.parser import HTMLParser
 
 import numpy as np
@@ -204,3 +205,71 @@ def test_a_foreign_type_in_a_saved_run_is_refused(tmp_path):
     index["run"]["worlds"][0]["$type"] = "Popen"
     (folder / "run.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match="Unknown saved type 'Popen'"): reporting.load_run(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A router with calibrated rules, trained, walked and paper-traded through the commands on made-up bars; the saved worlds of the three pages."
+    import os
+
+    from stratfam.commands.base import run
+    from stratfam.data.store import save_bars
+    from stratfam.data.worlds import make_world
+    home, here = tmp_path_factory.mktemp("trained"), Path.cwd()
+    save_bars(make_world("crypto_like", n_bars=4000, n_symbols=2, step="1h", seed=8).bars, home / "bars", exchange="synthetic")
+    os.chdir(home)
+    try:
+        assert run(["train", "router", "bars", "--out", "model", "--report"]) == 0
+        assert run(["backtest", "model", "bars", "--report"]) == 0
+        assert run(["train", "ridge", "bars", "--out", "ridge", "--report"]) == 0
+        assert run(["trade", "ridge", "--data", "bars", "--run", "session", "--bars", "200"]) == 0
+        assert run(["report", "session"]) == 0
+    finally: os.chdir(here)
+    pages = sorted((home / "reports" / "runs").glob("*/report.html"))
+    saved = [reporting.load_run(p.parent / "run") for p in pages]
+    return {f"{r.name} {r.worlds[0].title}": (p, r) for p, r in zip(pages, saved)}
+
+
+def of(trained, word): return next(v for k, v in trained.items() if word in k)
+
+
+@pytest.mark.proof
+def test_the_page_of_a_real_training_shows_regimes_learning_and_confidence_out_of_fold(trained):
+    page, run = of(trained, "Training of router")
+    w = run.worlds[0]
+    assert set(w.regimes) == {"regime", "route"} and w.regimes["route"].nunique() > 1 and run.synthetic
+    assert len(w.regimes) == len(w.backtests[w.pick])
+    page, run = of(trained, "Training of ridge")
+    w, text = run.worlds[0], page.read_text(encoding="utf-8")
+    assert set(w.learning["name"]) == {"explained"} and w.learning["training"].nunique() >= 2
+    assert w.confidence["stated"].between(0, 1).all() and abs((w.confidence["stated"] - w.confidence["right"]).mean()) < 0.1
+    assert "share that was right" in text and "the hold-out was not opened" in text and "SYNTHETIC DATA" in text
+    assert w.backtests[w.pick].time[-1] < np.datetime64("2030") and run.command.startswith("stratfam train ridge bars")
+
+
+@pytest.mark.proof
+def test_the_page_of_a_real_backtest_shows_bands_and_costs(trained):
+    page, run = of(trained, "Backtest of model")
+    w, text = run.worlds[0], page.read_text(encoding="utf-8")
+    assert len(w.regimes) == len(w.backtests["model"]) and "Regimes and routing" in text and "The judged policy knows no regimes" not in text
+    assert list(w.stress["factor"]) == [0, 1, 2, 4] and w.stress["sharpe"].is_monotonic_decreasing
+
+
+@pytest.mark.proof
+def test_the_page_of_a_session_is_its_journal(trained):
+    page, run = of(trained, "session")
+    w, text = run.worlds[0], page.read_text(encoding="utf-8")
+    b = w.backtests[w.pick]
+    assert len(b) >= 199 and w.facts["venue"] == "paper" and len(w.orders) and "Paper trading sends no money" in text
+    np.testing.assert_allclose(b.capital + (b.price_pnl - b.fee - b.funding).sum(), b.equity[-1])
+
+
+@pytest.mark.proof
+def test_a_report_of_a_finished_study_renders_in_twenty_seconds(tmp_path):
+    "Processor time of the whole rendering, the kernel included: a busy machine does not change it."
+    import resource
+    import time
+    used = lambda: time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    run, start = figures.sample_run(bars=25_000), used()
+    reporting.run_report("validation", None, tmp_path, run=run)
+    assert used() - start < 20.0

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,24 @@ def test_killed_anywhere_it_goes_on_to_the_same_result_and_does_nothing_twice(al
     for there, at in marks:
         redone = [line for line in lines[at:] if names[line] in there]
         assert redone == [], "a finished job was done again"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_workers_end_with_a_coordinator_that_was_killed(tmp_path):
+    def children(pid):
+        found = set()
+        for f in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                if int(f.read_text().rpartition(")")[2].split()[1]) == pid and b"popen_loky" in (f.parent / "cmdline").read_bytes(): found.add(f)
+        return found
+    p, limit = start(tmp_path), time.monotonic() + 240
+    while len(results(tmp_path)) < 3 and p.poll() is None and time.monotonic() < limit: time.sleep(0.01)
+    workers = children(p.pid)
+    assert len(workers) == 2
+    p.kill(); p.wait()
+    limit = time.monotonic() + 60
+    while (left := [f for f in workers if f.exists()]) and time.monotonic() < limit: time.sleep(0.1)
+    assert left == []
 
 
 def test_interrupted_between_the_ledger_and_the_papers(alone, tmp_path, monkeypatch):

@@ -44,7 +44,10 @@ def config_check(config: Config = None, overrides: Set = None, as_json: Json = F
 # %% ../../nbs/commands/07_machine.ipynb #f6f93870
 @config_app.command("schema")
 def config_schema() -> None:
-    "Print the JSON schema of the settings file, for editors that check TOML."
+    """Print the JSON schema of the settings file, for editors that check TOML.
+
+    Example: stratfam config schema > stratfam.schema.json
+    """
     from stratfam.config import config_schema as schema
     print(json.dumps(schema(), indent=1))
 
@@ -67,7 +70,9 @@ def _machine() -> list[tuple[str, str, str]]:
     from datetime import UTC, datetime
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     gpu = shutil.which("nvidia-smi") is not None
-    return [("ok", "cores", str(os.cpu_count())), ("ok", "torch device", "NVIDIA driver found" if gpu else "CPU (no NVIDIA driver)"),
+    threads = ", ".join(f"{k} {os.environ[k]}" for k in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS") if k in os.environ)
+    return [("ok", "cores", str(os.cpu_count())), ("ok", "threads", threads or "not limited; studies give each worker one"),
+            ("ok", "torch device", "NVIDIA driver found" if gpu else "CPU (no NVIDIA driver)"),
             ("ok" if free > 1 else "warn", "free disk", f"{free:.1f} GB"), ("ok", "numba cache", os.environ.get("NUMBA_CACHE_DIR", "not set")),
             ("ok", "clock", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC; compare with a clock you trust: exchanges refuse orders seconds off")]
 
@@ -95,7 +100,10 @@ def _surroundings() -> list[tuple[str, str, str]]:
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    "Check this machine: versions, disk, clock, settings, data, templates."
+    """Check this machine: versions, threads, disk, clock, settings, data, templates.
+
+    Example: stratfam doctor --json
+    """
     rows = [*_versions(), *_machine(), *_surroundings()]
     text = "\n".join(f"{mark:4}  {what:18}  {value}" for mark, what, value in rows)
     show([dict(zip(("mark", "what", "value"), r)) for r in rows], as_json, text)
@@ -113,19 +121,25 @@ def _benches() -> dict[str, Path]:
 
 
 def _measure(path: Path) -> list[dict]:
-    "Run one benchmark."
-    import importlib.util
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return [{**row, "command": f"stratfam bench {path.stem.removeprefix('bench_')}"} for row in module.bench()]
+    "Run one benchmark, in a process of its own: what one imports or compiles cannot speed up or slow down another."
+    import subprocess
+    from stratfam.core import StratfamError
+    ask = "import importlib, json, sys; print(json.dumps(importlib.import_module(sys.argv[1]).bench()))"
+    paths = os.pathsep.join([str(path.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", ask, path.stem], stdout=subprocess.PIPE, text=True, check=False, env=env)
+    if done.returncode: raise StratfamError(f"benchmark {path.stem} failed with exit code {done.returncode}; what it said stands above.")
+    rows = json.loads(done.stdout.splitlines()[-1])
+    return [{**row, "command": f"stratfam bench {path.stem.removeprefix('bench_')}"} for row in rows]
 
 # %% ../../nbs/commands/07_machine.ipynb #4d789e6b
 @app.command()
 def bench(name: Annotated[str, typer.Argument(help="env, kernel, learn, loop, pbo, scaling, splits, study, weex; or all")],
           as_json: Json = False) -> None:
-    "Measure speeds beside their peers, in one run (minutes; needs the source tree)."
+    """Measure speeds beside their peers, in one run (minutes; needs the source tree).
+
+    Example: stratfam bench kernel --json
+    """
     import pandas as pd
 
     from stratfam.core import known

@@ -7,6 +7,8 @@ __all__ = ['RunFolder', 'trade', 'status', 'halt', 'resume', 'replay', 'simulate
 
 # %% ../../nbs/commands/05_trade.ipynb #885b669a
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,17 +47,41 @@ def _live(name: str) -> Any:
     return venue
 
 # %% ../../nbs/commands/05_trade.ipynb #7d956d23
-def _observers(folder: Path, quiet: bool) -> list:
-    "Events to a file, and the important ones to the terminal."
+def _log_to(folder: Path) -> Any:
+    "An observer that appends to the run's own event file."
     def write(event: dict) -> None:
         with open(folder / "events.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(event) + "\n")
-    def tell(event: dict) -> None:
-        if event["kind"] == "state": print(f"{event['state']}: {event.get('text', '')}")
-        elif event["kind"] == "error": print(f"! {event['where']}: {event['text']}")
-        elif event["kind"] == "fill": print(f"{event['purpose']} {event['side']} {event['lots']} lots of {event['symbol']} at {event['price']:g}")
-    return [write] if quiet else [write, tell]
+    return write
+
+
+def _contact(s: Any, run: Path, made: Any, names: list[str], model: str, halt: Any, entries: list) -> Any: # None where it cannot be had
+    "Contact as the settings want it, started, the AI log filled from the journal."
+    from stratfam.trading.contact import open_contact
+    try:
+        c = open_contact(s, None, f"{run.name} ({made.account})", names, model, made.client if made.name == "weex" else None, halt)
+        for text in c.missing: typer.echo(f"! {text}", err=True)
+        c.start().backfill(entries)
+        return c
+    except Exception as e: # noqa: BLE001  who is told must not decide whether we trade
+        typer.echo(f"! nobody is told of this run: {type(e).__name__}: {e}", err=True)
+        return None
 
 # %% ../../nbs/commands/05_trade.ipynb #95d1ad29
+def _fancy(as_json: bool) -> bool:
+    "May the screen be redrawn?"
+    return not as_json and sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def _shown(screen: Any, as_json: bool) -> tuple[Any, Any]: # Observer, context manager
+    "How events reach the eye."
+    from contextlib import nullcontext
+    from stratfam.trading.screen import line_of
+    if as_json: return (lambda e: None), nullcontext()
+    if not _fancy(as_json): return (lambda e: print(text, flush=True) if (text := line_of(e)) else None), nullcontext()
+    from rich.live import Live
+    return screen.take, Live(get_renderable=screen.table, refresh_per_second=4)
+
+# %% ../../nbs/commands/05_trade.ipynb #ea978184
 @app.command()
 def trade(policy: Annotated[Path, typer.Argument(help="Folder of a saved policy.")],
           venue: Annotated[str, typer.Option("--venue", help="paper, demo or weex.")] = "paper",
@@ -74,9 +100,11 @@ def trade(policy: Annotated[Path, typer.Argument(help="Folder of a saved policy.
     from stratfam.market.account import Costs
     from stratfam.policies.base import load
     from stratfam.risk.limits import limits_from
-    from stratfam.trading.journal import open_journal
-    from stratfam.trading.loop import Loop, Setup, install_signals
+    from stratfam.trading.journal import open_journal, read_journal
+    from stratfam.trading.loop import Setup, install_signals
     from stratfam.trading.permit import Controls, permit
+    from stratfam.trading.screen import Screen
+    from stratfam.trading.session import Session
     from stratfam.validation.validate import live_digests
     from stratfam.validation.verdict import verdict_from_json
     s, model = settings(config, overrides), load(policy)
@@ -89,14 +117,22 @@ def trade(policy: Annotated[Path, typer.Argument(help="Folder of a saved policy.
     else: made, end = _live(venue), None
     if not names: raise ConfigError("name the symbols to trade: --symbols BTCUSDT,ETHUSDT, in the order the policy was trained on.")
     limits, costs = limits_from(None, **s.limits.model_dump()), Costs(**s.costs.model_dump())
-    ticket = permit(made.live, verdict_from_json(verdict.read_bytes()) if verdict else None,
-                    live_digests(model, names, length, limits, costs, model.spec.names), made.env.now(), limits, waiver)
+    digests = live_digests(model, names, length, limits, costs, model.spec.names)
+    ticket = permit(made.live, verdict_from_json(verdict.read_bytes()) if verdict else None, digests, made.env.now(), limits, waiver)
     setup = Setup(run.name, tuple(names), length, model.spec.names, limits, costs, poll_s=1200.0 if venue == "paper" else 30.0)
-    loop = Loop(setup, model, made, open_journal(run / "journal.db", made.account), made.env, ticket, Controls(run), _observers(run, as_json))
+    controls, journal = Controls(run), open_journal(run / "journal.db", made.account)
+    contact = _contact(s, run, made, names, f"{type(model).__name__} {digests['model'][:12]}", controls.halt, read_journal(run / "journal.db")[1])
+    observe, screen = _shown(Screen(names, f"{run.name} on {made.name}", ticket.text), as_json)
+    watchers = [_log_to(run), observe, *([contact.observe] if contact else [])]
+    loop = Session(setup, model, made, journal, made.env, ticket, controls, watchers, about={"policy": str(policy.resolve())},
+                   take=contact.asks.take if contact else list)
     if venue != "paper": install_signals(loop)
     stop = end if bars is None else made.now_ms() + bars * setup.step_ms
-    try: loop.run(stop)
-    finally: loop.journal.close()
+    try:
+        with screen: loop.run(stop)
+    finally:
+        journal.close()
+        if contact: contact.close()
     show(_summary(run), as_json)
 
 # %% ../../nbs/commands/05_trade.ipynb #91663272
@@ -115,13 +151,30 @@ def _summary(run: Path) -> dict[str, Any]:
 
 # %% ../../nbs/commands/05_trade.ipynb #21d3bad9
 @app.command()
-def status(run: RunFolder = Path("runs/paper"), as_json: Json = False) -> None:
+def status(run: RunFolder = Path("runs/paper"), as_json: Json = False,
+           watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until Ctrl-C.")] = False) -> None:
     """What the account holds, its state and its last decision, from the journal.
 
-    Example: stratfam status --run runs/paper
+    Example: stratfam status --run runs/paper --watch
     """
     found = _summary(run)
+    if watch and _fancy(as_json): return _watch(run)
     show(found, as_json, "\n".join(f"{k:<12} {v}" for k, v in found.items()))
+
+# %% ../../nbs/commands/05_trade.ipynb #d9ed7f71
+def _watch(run: Path, every_s: float = 2.0) -> None:
+    "Redraw what the journal says until interrupted."
+    import time
+    from rich.live import Live
+    from stratfam.trading.journal import read_journal
+    from stratfam.trading.screen import screen_of
+    draw = lambda: screen_of(*read_journal(run / "journal.db"), f"{run.name}, from its journal").table()
+    try:
+        with Live(draw(), auto_refresh=False) as live:
+            while True:
+                time.sleep(every_s)
+                live.update(draw(), refresh=True)
+    except KeyboardInterrupt: return
 
 # %% ../../nbs/commands/05_trade.ipynb #aad0ca05
 @app.command()
@@ -148,23 +201,38 @@ def resume(reason: Annotated[str, typer.Argument(help="Why trading may go on.")]
     show({"run": str(run), "resume": reason}, as_json, f"{run}: the loop goes on as soon as it has reconciled the account.")
 
 # %% ../../nbs/commands/05_trade.ipynb #688b89ea
+def _policy_of(entries: list, named: Path | None) -> tuple[Any, str]: # None and why, where there is none
+    "The policy that traded."
+    from stratfam.core import StratfamError
+    from stratfam.policies.base import load
+    from stratfam.trading.replay import set_up_of
+    where = named or set_up_of(entries).get("policy")
+    if where is None: return None, "the journal does not say which policy traded; name its folder with --policy"
+    try: return load(where), ""
+    except StratfamError as e:
+        if named: raise
+        return None, f"{e} Name its folder with --policy"
+
+# %% ../../nbs/commands/05_trade.ipynb #82fde1c3
 @app.command()
-def replay(run: RunFolder = Path("runs/paper"), as_json: Json = False) -> None:
-    """Read a journal again, fill by fill, and show the first difference from what the loop believed.
+def replay(run: RunFolder = Path("runs/paper"), as_json: Json = False,
+           policy: Annotated[Path | None, typer.Option("--policy", help="Folder of the policy; default: where the run read it.")] = None) -> None:
+    """Run a journal again: bars through policy and gate, fills through the books; show the first difference.
 
     Example: stratfam replay --run runs/paper
     """
+    from dataclasses import asdict
     from stratfam.trading.journal import read_journal
-    held, checked, first = {}, 0, None
-    for e in read_journal(run / "journal.db")[1]:
-        if e.kind == "fill": held[e.body["symbol"]] = held.get(e.body["symbol"], 0) + (1 if e.body["side"] == "BUY" else -1) * e.body["lots"]
-        if e.kind != "state": continue
-        said = {s: r["lots"] for s, r in zip(e.body["mirror"]["symbols"], e.body["mirror"]["slots"]) if r["lots"]}
-        checked += 1
-        if said != {s: n for s, n in held.items() if n} and first is None: first = {"entry": e.seq, "fills": dict(held), "state": said}
-    said = "no difference" if first is None else f"first difference {first}"
-    show({"states": checked, "first_difference": first}, as_json, f"{checked} states, {said}")
-    if first is not None: raise typer.Exit(1)
+    from stratfam.trading.replay import replay as again
+    entries = read_journal(run / "journal.db")[1]
+    model, why = _policy_of(entries, policy)
+    r = again(entries, model)
+    lines = [f"{r.decisions} decisions taken again, {r.orders} orders, {r.fills} fills, {r.states} states: "
+             + ("no difference" if r.first is None else f"{len(r.differences)} differences, the first: {r.first}")]
+    if r.skipped: lines.append(f"{r.skipped} decisions not taken again: {why or 'their bars are not in the journal'}")
+    counts = {k: getattr(r, k) for k in ("decisions", "skipped", "orders", "fills", "states")}
+    show({**counts, "differences": len(r.differences), "first_difference": asdict(r.first) if r.first else None}, as_json, "\n".join(lines))
+    if r.first is not None: raise typer.Exit(1)
 
 # %% ../../nbs/commands/05_trade.ipynb #18c74ad1
 @app.command()

@@ -196,7 +196,7 @@ class RuleKind(NamedTuple):
 RULES: Mapping[str, RuleKind] = MappingProxyType({
     "cash": RuleKind(cash, math.inf, (), {}),
     "buy_and_hold": RuleKind(equal, math.inf, (), {}),
-    "equal_weight": RuleKind(equal, 0.25, (), {}),
+    "equal_weight": RuleKind(equal, 0.1, (), {}),
     "momentum": RuleKind(momentum, math.inf, ("return_{}", "volatility_{}"), {"bars": 24, "entry": 1.0}),
     "mean_reversion": RuleKind(mean_reversion, math.inf, ("return_{}", "volatility_{}"), {"bars": 24, "entry": 1.5}),
     "volatility_target": RuleKind(volatility_target, 0.25, ("volatility_{}",), {"bars": 24, "target": 0.01})})

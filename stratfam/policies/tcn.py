@@ -66,6 +66,11 @@ def cone(window: int, # Bars there are
     return tuple(reversed(stages))
 
 # %% ../../nbs/policies/02_tcn.ipynb #872155b7
+def _along_time(conv: torch.nn.Conv1d, x: torch.Tensor) -> torch.Tensor: # (M,I,1,T) -> (M,C,1,T')
+    "A convolution over time whose data lie bar by bar."
+    return torch.nn.functional.conv2d(x, conv.weight.unsqueeze(2), conv.bias, stride=(1, conv.stride[0]))
+
+# %% ../../nbs/policies/02_tcn.ipynb #9838b377
 class Block(torch.nn.Module):
     "Two causal convolutions and a shortcut, at the wanted points only."
     def __init__(self, inputs: int, channels: int, kernel: int, stage: Stage):
@@ -75,12 +80,13 @@ class Block(torch.nn.Module):
         self.two = torch.nn.Conv1d(channels, channels, kernel, stride=stage.stride)
         self.skip = torch.nn.Conv1d(inputs, channels, 1) if inputs != channels else torch.nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor: # (M, inputs, enter) -> (M, channels, leave)
+    def forward(self, x: torch.Tensor) -> torch.Tensor: # (M, inputs, 1, enter) -> (M, channels, 1, leave)
         s = self.stage
         past = x[..., s.enter - 1 - s.stride * (s.leave - 1)::s.stride]
-        return torch.relu(torch.relu(self.two(torch.relu(self.one(x)))) + self.skip(past))
+        h = _along_time(self.two, _along_time(self.one, x).relu_()).relu_()
+        return (h + (past if isinstance(self.skip, torch.nn.Identity) else _along_time(self.skip, past))).relu_()
 
-# %% ../../nbs/policies/02_tcn.ipynb #9838b377
+# %% ../../nbs/policies/02_tcn.ipynb #0345b063
 class TCN(torch.nn.Module):
     "A temporal convolutional network at its last step."
     def __init__(self, inputs: int, # Features
@@ -94,7 +100,8 @@ class TCN(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (M, inputs, window), newest bar last -> (M, channels)
         first = self.stages[0]
-        return self.blocks(x[..., x.shape[-1] - 1 - first.dilation * (first.enter - 1)::first.dilation])[..., 0]
+        seen = x[..., x.shape[-1] - 1 - first.dilation * (first.enter - 1)::first.dilation]
+        return self.blocks(seen.unsqueeze(2).contiguous(memory_format=torch.channels_last))[..., 0, 0]
 
 # %% ../../nbs/policies/02_tcn.ipynb #3cc17135
 class TCNExtractor(PerSymbol):
@@ -108,15 +115,14 @@ class TCNExtractor(PerSymbol):
                  context: bool = False): # Add the channels' mean over the symbols
         N, W, F = symbols_seen(spec, observation_space.shape[0]), spec.window, len(spec.names)
         c, at = symbol_columns(spec, N), W * F
-        by_feature = c[:, :at].reshape(N, W, F).transpose(0, 2, 1).reshape(N, at) # A convolution wants time last
-        super().__init__(observation_space, np.hstack([by_feature, c[:, at:]]), context)
+        super().__init__(observation_space, c, context)
         found = channels * (2 if context else 1) + self.shape[1] - at
-        self.flat, self.inputs, self._features_dim = flat, (F, W), found * (N if flat else 1)
+        self.flat, self.window, self._features_dim = flat, (W, F), found * (N if flat else 1)
         self.tcn = TCN(F, W, channels, kernel, dilations)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        x, at = self.rows(obs), self.inputs[0] * self.inputs[1]
-        h = self.tcn(x[..., :at].reshape(-1, *self.inputs)).view(*x.shape[:2], -1)
+        x, at = self.rows(obs), self.window[0] * self.window[1]
+        h = self.tcn(x[..., :at].unflatten(2, self.window).flatten(0, 1).transpose(1, 2)).view(*x.shape[:2], -1)
         out = torch.cat([with_mean(h) if self.context else h, x[..., at:]], dim=2)
         return out.flatten(1) if self.flat else out
 

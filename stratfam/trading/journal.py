@@ -71,9 +71,12 @@ class Line:
     order_id: str = "" # The venue's, once known
     filled: int = 0 # Lots, from the journal's own fills
     end: str = "" # One of `ENDS`, once it is over
+    waiting: int = 0 # Lots filled that the disk has not taken yet
 
     @property
-    def left(self) -> int: return max(0, int(self.body["lots"]) - self.filled)
+    def done(self) -> int: return self.filled + self.waiting
+    @property
+    def left(self) -> int: return max(0, int(self.body["lots"]) - self.done)
 
 # %% ../../nbs/trading/00_journal.ipynb #99781510
 class Book:
@@ -83,6 +86,7 @@ class Book:
         self.seen: dict[str, set[str]] = {k: set() for k in ONCE}
         self.open: dict[str, Line] = {} # Intents without an end
         self.orders: dict[str, str] = {} # Venue order id -> client id, of every order we know to be ours
+        self.nameless: dict[str, int] = {} # Venue order id -> lots of fills that were booked before we knew whose they were
         self.since_state: list[Entry] = [] # Fills and bills after the last state
         self.state: Mapping[str, Any] = {} # The last one
         self.recent: list[Entry] = [] # Last decisions and notes, for `status`
@@ -104,6 +108,8 @@ def _fold(self: Book, e: Entry) -> None:
         line.outcome, line.order_id = e.body["outcome"], e.body.get("order_id") or line.order_id
         if line.order_id: self.orders[line.order_id] = line.id
     elif e.kind == "fill" and (mine := self.open.get(e.body.get("client_id", ""))): mine.filled += int(e.body["lots"])
+    elif e.kind == "fill" and not e.body.get("client_id") and (name := e.body.get("order_id")):
+        self.nameless[name] = self.nameless.get(name, 0) + int(e.body["lots"])
 
 
 Book.fold = _fold

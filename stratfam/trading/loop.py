@@ -31,7 +31,7 @@ from .permit import Controls, Permit
 from .plan import Room, Want, entries, reductions, worst_notional
 from .venues import Grid, Venue
 from ..weex.replies import Kline
-from ..weex.wire import ACK, UNKNOWN, WeexError
+from ..weex.wire import ACK, WeexError
 
 # %% ../../nbs/trading/04_loop.ipynb #fbeb3d10
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Setup:
     patience_s: float = 15.0 # For the bars of slow symbols
     ttl_s: float = 300.0 # After a close, for acting on it
     poll_s: float = 30.0 # Between two looks at the account
+    quick_s: float = 20.0 # The same, while the fate of an order is unknown
     band: float = 0.05 # An entry further than this from the close it was decided on is not sent
     fresh_s: float = 2.0 # A price older than this is asked for again before an entry leaves
     errors: int = 5 # Steps in a row that may fail before the loop halts
@@ -58,11 +59,10 @@ class Setup:
         object.__setattr__(self, "symbols", tuple(self.symbols)); object.__setattr__(self, "features", tuple(self.features))
         if not self.run or not self.symbols or len(set(self.symbols)) < len(self.symbols):
             raise ConfigError(f"a run needs a name and distinct symbols, found {self.run!r} and {self.symbols}.")
+        object.__setattr__(self, "step_ms", int(as_step(self.step) // np.timedelta64(1, "ms")))
+        object.__setattr__(self, "interval", step_name(as_step(self.step)))
         if not 0 < self.ttl_s < self.step_ms / 1000:
             raise ConfigError(f"ttl_s is {self.ttl_s:g}, expected less than a bar ({self.step_ms / 1000:g} s).")
-
-    @property
-    def step_ms(self) -> int: return int(as_step(self.step) // np.timedelta64(1, "ms"))
 
 # %% ../../nbs/trading/04_loop.ipynb #fb60c901
 class Window:
@@ -116,6 +116,7 @@ class Loop:
         self.permit, self.controls, self.observers, self.point = permit, controls, list(observers), point
         self.window = Window(setup.symbols, setup.step, setup.rows)
         self.stopping, self.failed, self.lost_events, self.bar_ms = False, 0, 0, 0
+        self.waits, self.polled, self.synced_ms = 0, -math.inf, -1 # Tries at this close; monotonic time of the last look; close the clocks were compared for
         self.levered: set[str] = set() # Symbols whose leverage was read back
         self.closes, self.mid, self.spread = np.full((3, len(setup.symbols)), np.nan)
         self.asked = np.full(len(setup.symbols), -np.inf) # When each price was asked for, seconds of the monotonic clock
@@ -149,7 +150,7 @@ def _start(self: Loop) -> None:
     self.bar_ms = int(book.state.get("bar_ms", 0))
     if (now := self.venue.now_ms()) % s.step_ms > s.ttl_s * 1000: self.bar_ms = max(self.bar_ms, now // s.step_ms * s.step_ms)
     about = {"run": s.run, "venue": self.venue.name, "account": self.venue.account, "symbols": list(s.symbols), "permit": self.permit.text,
-             "config": digest(s.symbols, s.limits, s.costs, s.features, step_name(as_step(s.step))), "model": digest(self.policy)}
+             "config": digest(s.symbols, s.limits, s.costs, s.features, s.interval), "model": digest(self.policy)}
     self.desk.note([("start", str(book.counts["start"]), about)])
     self.tell("state", state=self.mirror.why(), text=self.permit.text)
     for _ in range(TRIES):
@@ -272,7 +273,7 @@ def _fetch(self: Loop, close_ms: int) -> list[str]: # Symbols whose newest bar i
     self.window.move_to(close_ms)
     for n, x in enumerate(s.symbols):
         if np.isfinite(self.window.table[3, -1, n]): continue
-        try: self.window.put(n, self.venue.candles(x, step_name(as_step(s.step)), self.window.needed(n)))
+        try: self.window.put(n, self.venue.candles(x, s.interval, self.window.needed(n)))
         except StratfamError as e: self.tell("error", where=x, text=str(e))
     return [x for n, x in enumerate(s.symbols) if not np.isfinite(self.window.table[3, -1, n])]
 
@@ -286,6 +287,7 @@ def _quotes(self: Loop, which: Sequence[int]) -> None: # Positions of symbols
         except StratfamError as e:
             self.tell("error", where=self.setup.symbols[n], text=str(e))
             continue
+        if q.time_ms and self.venue.now_ms() - q.time_ms > 1000 * self.setup.patience_s: continue # An old answer, whatever it says
         if q.bid and q.ask and q.bid <= q.ask:
             self.mid[n] = float(q.bid + q.ask) / 2
             self.spread[n] = float(q.ask - q.bid) / self.mid[n]
@@ -337,9 +339,9 @@ def _cycle(self: Loop, close_ms: int) -> None:
     wants, room = self._wants(self.mid)
     self.point("decided")
     still = lambda w: self._fits(w, room)
-    self.desk.submit(wants, close_ms, self._ttl_left(close_ms), [("decision", str(close_ms), decision), self.moment()], still)
+    sent = self.desk.submit(wants, close_ms, self._ttl_left(close_ms), [("decision", str(close_ms), decision), self.moment()], still)
     self.tell("decision", **decision)
-    self.desk.reconcile()
+    if sent: self.desk.reconcile()
     if self.mirror.gate["state"] == HALTED and self.mirror.lots.any(): self.desk.flatten(close_ms)
     else: self.desk.protect(close_ms)
     self.tell("cycle", bar_ms=close_ms, equity=decision["equity"], state=self.mirror.why(), clean=self.desk.clean, blocked=dict(self.desk.blocked),
@@ -386,8 +388,8 @@ def _fits(self: Loop, w: Want, room: Room) -> bool:
     "Would the book stay within its limits if everything on its way, and this, were filled at present prices?"
     m, n = self.mirror, self.mirror.index(w.symbol)
     if self.desk.lots_open("EXIT", "FLATTEN"): self.desk.reconcile()
-    if m.gate["state"] != ACTIVE or not self.desk.clean or self.desk.unwritten: return False
-    if any(l.body["symbol"] == w.symbol and l.outcome == UNKNOWN for l in self.desk.sent): return False
+    if m.gate["state"] != ACTIVE or not self.desk.clean or self.desk.drift or self.desk.unwritten: return False
+    if any(l.body["symbol"] == w.symbol and l.outcome != ACK for l in self.desk.sent): return False
     if m.lots[n] * w.lots < 0: return False # The exit before it was filled in part only (R11)
     going = self.desk.lots_open("ENTRY")
     if not self._fresh(np.flatnonzero([m.lots[i] != 0 or x in going for i, x in enumerate(m.symbols)])): return False
@@ -411,10 +413,16 @@ Loop._fits, Loop._fresh = _fits, _fresh
 # %% ../../nbs/trading/04_loop.ipynb #0f9ec6de
 def _step(self: Loop) -> float: # Seconds until there is something to do
     "One step."
-    self.poll()
-    if self._close() > self.bar_ms and not self._turn(): return 1.0
-    left = self._close() + self.setup.step_ms + self.setup.grace_s * 1000 - self.venue.now_ms()
-    return max(0.05, min(self.setup.poll_s, left / 1000))
+    s, now = self.setup, self.env.clock.monotonic()
+    if not (self.waits and self.desk.clean and now - self.polled < s.patience_s):
+        self.polled = now
+        self.poll()
+    if self._close() > self.bar_ms and not self._turn():
+        self.waits += 1
+        return min(s.patience_s, 2.0 ** (self.waits - 1))
+    self.waits = 0
+    left = self._close() + s.step_ms + s.grace_s * 1000 - self.venue.now_ms()
+    return max(0.05, min(s.quick_s if self.desk.unsure else s.poll_s, s.poll_s, left / 1000))
 
 # %% ../../nbs/trading/04_loop.ipynb #bf596a27
 def _close(self: Loop) -> int: # ms
@@ -425,9 +433,11 @@ def _close(self: Loop) -> int: # ms
 def _turn(self: Loop) -> bool: # Done with the last close
     "Decide on a close, once its bars are there; or give it up."
     self.point("turn")
-    try: self.venue.sync()
-    except WeexError as e: return bool(self.tell("error", where="clock", text=str(e)))
+    if self._close() != self.synced_ms:
+        try: self.venue.sync()
+        except WeexError as e: return bool(self.tell("error", where="clock", text=str(e)))
     if (close_ms := self._close()) <= self.bar_ms: return True
+    self.synced_ms = close_ms
     missing, s = self.fetch(close_ms), self.setup
     late = (self.venue.now_ms() - close_ms) / 1000
     if late <= s.ttl_s and (missing or not self.desk.clean) and late < s.grace_s + s.patience_s: return False

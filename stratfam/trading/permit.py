@@ -80,7 +80,9 @@ class Controls:
 
     def _text(self, name: str) -> str | None:
         try: return (self.folder / name).read_text(encoding="utf-8", errors="replace").strip()
-        except FileNotFoundError: return None
+        except FileNotFoundError:
+            if not self.folder.is_dir(): raise # Nobody could throw a switch that is gone
+            return None
 
     def halt_wanted(self) -> str | None: # The reason; None = go on
         "Has somebody asked to halt?"

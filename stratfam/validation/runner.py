@@ -14,6 +14,7 @@ import inspect
 import io
 import json
 import os
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -197,16 +198,31 @@ def do_work(source: Mapped | Sent, # Where the market is
     return Outcome(tuple(pieces), _thin(points), time.perf_counter() - start, error)
 
 # %% ../../nbs/validation/08_runner.ipynb #be5b2ac8
+@lru_cache(maxsize=1)
+def _follow(parent: int, # Its process number
+          ) -> None:
+    "In a worker, once: end with the process that started it, however that one ended."
+    def watch() -> None:
+        while os.getppid() == parent: time.sleep(1.0)
+        os._exit(1)
+    threading.Thread(target=watch, name="follow", daemon=True).start()
+
+# %% ../../nbs/validation/08_runner.ipynb #c2f334b2
 BACKENDS = ("serial", "loky", "ray")
+
+def _followed(parent: int, i: int, source: Mapped, work: Work) -> tuple[int, Outcome]:
+    _follow(parent)
+    return _numbered(i, source, work)
+
 
 def _numbered(i: int, source: Mapped | Sent, work: Work) -> tuple[int, Outcome]: return i, do_work(source, work)
 
-# %% ../../nbs/validation/08_runner.ipynb #91741e2f
+# %% ../../nbs/validation/08_runner.ipynb #7e1595fd
 def _loky(source: Mapped, works: Sequence[Work], jobs: int) -> Iterator[tuple[int, Outcome]]:
     "Processes on this machine; outcomes in the order they finish."
     with parallel_config(backend="loky", inner_max_num_threads=1):
         pool = Parallel(n_jobs=jobs, return_as="generator_unordered", max_nbytes=None, batch_size=1, pre_dispatch="3*n_jobs")
-    yield from pool(delayed(_numbered)(i, source, w) for i, w in enumerate(works))
+    yield from pool(delayed(_followed)(os.getpid(), i, source, w) for i, w in enumerate(works))
 
 # %% ../../nbs/validation/08_runner.ipynb #375d78e6
 def start_ray(jobs: int) -> Any: # The module

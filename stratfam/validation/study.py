@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Piece', 'Job', 'run_job', 'plan', 'job_rows', 'CrossValidation', 'Fan', 'tested_span', 'fan', 'path_sharpes',
-           'assemble', 'cross_validate']
+           'assemble', 'cross_validate', 'market_days']
 
 # %% ../../nbs/validation/04_study.ipynb #90bc0c70
 import math
@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from ..core import Backtest, DataError, Trials, bars_per_year
+from ..core import Backtest, Bars, DataError, Trials, bars_per_year
 from ..market.backtest import Arena, walk
 from ..policies.base import Baseline, Fit, Progress, Task, task_arena
 from .splits import Folds, assemble_paths
+from .statistics import daily
 
 # %% ../../nbs/validation/04_study.ipynb #a931729e
 class Piece(NamedTuple):
@@ -173,3 +174,12 @@ def cross_validate(fits: Mapping[str, Fit], # Configurations by key
         found[job] = pieces
         if progress: progress(len(found), len(todo))
     return assemble(fits, task, folds, found)
+
+# %% ../../nbs/validation/04_study.ipynb #98162199
+def market_days(bars: Bars, # The bars that are judged
+                days: pd.DatetimeIndex, # UTC days; those without bars earn nothing
+               ) -> pd.Series: # Simple returns of each day
+    "What all symbols in equal parts earned, restored to equal parts at every close; no gate, no cost; the bar after a gap earns it all."
+    close = pd.DataFrame(bars.close, pd.DatetimeIndex(bars.time)).ffill()
+    each = close.pct_change(fill_method=None).mean(axis=1).fillna(0.0)
+    return daily(each.rename("market")).reindex(days, fill_value=0.0)

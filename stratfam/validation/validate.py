@@ -33,7 +33,7 @@ from .pbo import Overfitting, pbo
 from .runner import open_task, share_task
 from .search import BENCHMARKS, Searched, first_rows, load_study, warm_segments
 from .statistics import daily, flat, moments
-from .study import CrossValidation, path_sharpes
+from .study import CrossValidation, market_days, path_sharpes
 from .verdict import (Rule, check_canaries, check_costs, check_holdout, check_seeds, judge, report, verdict_table,
                                          verdict_to_json, z_scores)
 
@@ -224,7 +224,7 @@ def validate(folder: str | Path, # Of a finished study
     family, table, changes = tried(found, cv, ledger)
     mine = [t.key for t in found.trials if t.outcome == "done"]
     if not mine: raise DataError(f"{folder}: every trial of this study failed, the first with: {_first_error(found)}. There is nothing to judge.")
-    bench = {k: table[k] for k in BENCHMARKS if not flat(table[[k]].to_numpy())[0]}
+    bench = {"market": market_days(bars, table.index), **{k: table[k] for k in BENCHMARKS if not flat(table[[k]].to_numpy())[0]}}
     over = pbo(cv.trials.ret[[t.key for t in found.trials if t.outcome in ("done", "pruned")]]) if len(found.fits) > len(BENCHMARKS) + 1 else None
     ask = lambda checks=(), skip=None, lines=(), digests=None: judge(
         table, bench, family.counted, look, found.design.target, checks, changes, skip, mine, lines, digests, env, rule, seed,

@@ -247,7 +247,8 @@ def _path(self: WeexAPIClient, e: Endpoint) -> str:
 
 def endpoint(self: WeexAPIClient, name: str) -> Endpoint:
     "The endpoint called `name` in this market and dialect."
-    if name not in self.table and self.demo and name in CONTRACT_V3:
+    if name in self.table: return self.table[name]
+    if self.demo and name in CONTRACT_V3:
         raise ConfigError(f"The demo account has no {name!r}: WEEX offers only balance, positions, place and order_history there.")
     return self.table[known(f"{self.market} {self.dialect} endpoint", name, tuple(self.table))]
 
@@ -316,7 +317,14 @@ WeexAPIClient._send, WeexAPIClient._attempt, WeexAPIClient._note, WeexAPIClient.
 def _read(self: WeexAPIClient, name: str, parse: Callable[[Any], Any], query: Mapping | None = None, body: Mapping | None = None) -> Any:
     "The parsed answer to a call that changes nothing, asked again while that may help."
     if self.endpoint(name).kind not in ("public", "read"): raise ConfigError(f"{name} changes the account and cannot be read.")
-    return self._retry(lambda: parse(self._exchange(name, query, body)))
+    try: return parse(self._exchange(name, query, body))
+    except WeexError as e:
+        if not e.retryable: raise
+        first = [e]
+    def again():
+        if first: raise first.pop()
+        return parse(self._exchange(name, query, body))
+    return self._retry(again)
 
 
 def _change(self: WeexAPIClient, name: str, parse: Callable[[Any], Any], query: Mapping | None = None, body: Mapping | None = None,

@@ -85,14 +85,17 @@ STATUS = {-1040: 401, -1041: 401, -1042: 401, -1043: 401, -1044: 401, -1046: 401
 JSON_HEADERS = {"content-type": "application/json"}
 ROUTES = {**CONTRACT, **SPOT, **LEGACY}
 
+_WRITE = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+
 def reply(value: object, status: int = 200, headers: Mapping[str, str] = JSON_HEADERS) -> Response:
     "A JSON response."
-    return Response(status, headers, json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode())
+    return Response(status, headers, _WRITE(value).encode())
 
 # %% ../../nbs/weex/07_gateway.ipynb #129d18bb
 def parameters(method: str, query: str, body: bytes) -> dict:
     "Query and JSON body as one dictionary."
-    p = dict(parse_qsl(query, keep_blank_values=True)) if query else {}
+    if "%" in query or "+" in query: p = dict(parse_qsl(query, keep_blank_values=True))
+    else: p = {k: v for k, _, v in (part.partition("=") for part in query.split("&") if part)}
     if method == "GET" or not body: return p
     try: sent = json.loads(body, parse_float=str)
     except (ValueError, RecursionError): raise Refusal(-1135, "Invalid JSON request.") from None

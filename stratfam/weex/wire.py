@@ -115,7 +115,8 @@ class Request(NamedTuple):
 def encode_query(query: Mapping[str, Any] | None) -> str:
     "Percent-encoded `a=1&b=2` in the order given; None values are left out."
     text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
-    return "&".join(f"{quote(k, safe='')}={quote(text(v), safe='')}" for k, v in (query or {}).items() if v is not None)
+    code = lambda v: v if v.isalnum() and v.isascii() else quote(v, safe="") # Most names and values need no encoding
+    return "&".join(f"{code(k)}={code(text(v))}" for k, v in (query or {}).items() if v is not None)
 
 
 _COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
