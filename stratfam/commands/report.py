@@ -58,6 +58,13 @@ def _session_run(folder: Path, line: str) -> Any: # figures.RunData
     return RunData("session", Env().iso(), line, (world,), digests={"model": s.about["model"], "config": s.about["config"]},
                    versions=versions())
 
+# %% ../../nbs/commands/06_report.ipynb #8b1a7c6d
+def _named(folder: Path | None, template: str) -> tuple[Path | None, str]: # Folder of a run, template
+    "A word that is no folder here but a template means the template."
+    from stratfam.reporting import templates
+    if folder is None or folder.exists() or not (templates() / f"{folder}.ipynb").is_file(): return folder, template
+    return None, str(folder)
+
 # %% ../../nbs/commands/06_report.ipynb #8adfa046
 @app.command()
 def report(context: typer.Context,
@@ -67,14 +74,16 @@ def report(context: typer.Context,
            param: Annotated[list[str] | None, typer.Option("--param", help="name=value for the template; may be repeated.")] = None,
            sample: Annotated[bool, typer.Option("--sample", help="Render a made-up run: to try a template.")] = False,
            open_browser: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False, as_json: Json = False) -> None:
-    """Render a finished run again, or a trading session from its journal, and renew the index of all runs.
+    """Render a finished run, a trading session from its journal, or a template by its name, and renew the index of all runs.
 
     Example: stratfam report reports/runs/20260101T000000Z-demo-0a1b2c3d --open
     """
     from stratfam.reporting import load_run, run_report, sample_run
     params = _given(param)
     made = sample_run() if sample else None
-    if run_folder is not None and (run_folder / "journal.db").is_file(): made, template = _session_run(run_folder, command_line(context)), "paper_trading"
+    run_folder, template = _named(run_folder, template)
+    if run_folder is not None and (run_folder / "journal.db").is_file():
+        made, template = _session_run(run_folder, command_line(context)), "paper_trading"
     elif run_folder is not None: made = load_run(run_folder / "run" if (run_folder / "run").is_dir() else run_folder)
     page = run_report(template, params, out, run=made)
     show({"report": str(page), "index": str(page.parents[1] / "index.html")}, as_json, str(page))

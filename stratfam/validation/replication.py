@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'ELSEWHERE', 'CUT', 'FEE', 'SEEN', 'LOUD', 'STEPS', 'STRESS', 'GROUPS', 'LOOKS', 'RESULT', 'FORMAT',
            'Published', 'paper_task', 'contender', 'Contest', 'contests', 'loudness', 'RiskOff', 'risk_off', 'account',
            'daily_curve', 'on_test', 'bystanders', 'design', 'contest', 'summary', 'replicate', 'interval',
-           'beside_paper', 'stress_table', 'findings', 'read_result']
+           'beside_paper', 'stress_table', 'search_table', 'tests_table', 'findings', 'read_result']
 
 # %% ../../nbs/validation/12_replication.ipynb #a786e13e
 import json
@@ -306,6 +306,25 @@ def stress_table(result: Mapping[str, Any]) -> pd.DataFrame: # Indexed by agent;
                    "risk_off_vol": interval(off, "vol")[0] if off else math.nan}
     return pd.DataFrame(rows).T.rename_axis("agent")
 
+# %% ../../nbs/validation/12_replication.ipynb #339dc416
+def search_table(result: Mapping[str, Any]) -> pd.DataFrame: # Indexed by contest
+    "Trials, splits, steps, what was chosen, and how the choice did against equal weight inside the search."
+    short = lambda v: f"{v:.2g}" if isinstance(v, float) else str(v)
+    say = lambda values: ", ".join(f"{k.rpartition('.')[2]}={short(v)}" for k, v in values.items())
+    return pd.DataFrame({k: {"trials": r["trials"], "failed": r["failed"], "splits": r["splits"], "paths": r["paths"], "steps_a_fit": r["steps"],
+                             "still_learning": r["still_learning"], "below_equal_weight": r["below_equal_weight"], "sharpe_of_winner": r["cv_sharpe"],
+                             "sharpe_of_equal_weight": r["cv_benchmarks"]["equal_weight"], "winner": say(r["values"]),
+                             "minutes": r["search_seconds"] / 60} for k, r in result["contests"].items()}).T.rename_axis("contest")
+
+# %% ../../nbs/validation/12_replication.ipynb #a6321f7a
+def tests_table(result: Mapping[str, Any]) -> pd.DataFrame: # Indexed by test, one column a contest
+    "Every line of every verdict: what was measured, and whether it passed."
+    mark = {True: " pass", False: " FAIL", None: ""}
+    number = lambda t: "-" if t["value"] is None else f"{t['value']:.3g}"
+    cell = lambda t: "open" if t["value"] is None and t["passed"] is False else number(t) + mark[t["passed"]]
+    columns = {k: {"decision": r["verdict"], **{n: cell(t) for n, t in r["tests"].items()}} for k, r in result["contests"].items()}
+    return pd.DataFrame(columns).fillna("").rename_axis("test")
+
 # %% ../../nbs/validation/12_replication.ipynb #77282979
 def _losses(rows: Mapping[str, Any], hold: float) -> list[str]:
     "About money."
@@ -317,25 +336,43 @@ def _losses(rows: Mapping[str, Any], hold: float) -> list[str]:
             + (f", {len(sure)} of them with the whole seed interval." if beat else ".")]
 
 # %% ../../nbs/validation/12_replication.ipynb #86894f18
+def _overfitting(rows: Mapping[str, Any]) -> list[str]:
+    "About PBO: whom it keeps, what it says of them, and whether the published order is seen again."
+    kept = [k for k, r in rows.items() if r["pbo"] is not None and r["pbo"] < 0.10]
+    lose = [k for k in kept if interval(rows[k]["test"])[0] < 0]
+    cvs = {k.rpartition("-")[2]: r["pbo"] for k, r in rows.items() if k.startswith("ppo") and r["pbo"] is not None}
+    out = [f"By the paper's own test (PBO below 10 %) {len(kept)} of {len(rows)} would be kept here{': ' + ', '.join(kept) if kept else ''}; "
+           f"the paper keeps {sum(PUBLISHED[k].pbo < 0.10 for k in rows)} of the same."]
+    if kept:
+        out.append(f"{len(lose)} of those {len(kept)} lose money on the test window. A low PBO says that the order of the configurations is "
+                   "stable, and an order of losers can be.")
+    if {"wf", "cpcv"} <= set(cvs):
+        again = "is" if cvs["cpcv"] < cvs["wf"] else "is not"
+        out.append(f"PBO of PPO is {cvs['cpcv']:.0%} by CPCV and {cvs['wf']:.0%} by walk-forward: the published order {again} seen again. "
+                   "One draw of PBO has a standard deviation near .17 on noise, so this decides little either way.")
+    return out
+
+# %% ../../nbs/validation/12_replication.ipynb #da660e71
+def _conduct(rows: Mapping[str, Any]) -> list[str]:
+    "About what the winners do: how many trials were any better than holding, how much the winners trade, what risk-off changes."
+    below, tried = sum(r["below_equal_weight"] for r in rows.values()), sum(r["trials"] for r in rows.values())
+    span = lambda what: (min(x := [interval(r["test"], what)[0] for r in rows.values()]), max(x))
+    off = [interval([x["risk_off"] for x in r["test"]], what)[0] for what in ("vol", "ret") for r in rows.values()]
+    n, (v0, v1), (t0, t1), (e0, _) = len(rows), span("vol"), span("turnover_day"), span("exposure")
+    return [f"Inside the searches {below} of {tried} trials rank below equal weight.",
+            f"The winners are at least {e0:.0%} invested and trade {t0:.2f} to {t1:.2f} times the account a day.",
+            f"Risk-off brings their standard deviation per bar from {v0:.2e} .. {v1:.2e} to {min(off[:n]):.2e} .. {max(off[:n]):.2e}, "
+            f"their return to {min(off[n:]):.1%} .. {max(off[n:]):.1%}."]
+
+# %% ../../nbs/validation/12_replication.ipynb #107cafc2
 def findings(result: Mapping[str, Any]) -> list[str]: # Sentences
     "What may be said, and what may not."
     rows, hold = result["contests"], result["bystanders"]["buy_and_hold_late"]["ret"]
     if not rows: return ["No contest has finished; nothing may be said."]
-    out = _losses(rows, hold)
-    kept = [k for k, r in rows.items() if r["pbo"] is not None and r["pbo"] < 0.10]
-    out.append(f"By the paper's own test (PBO below 10 %) {len(kept)} of {len(rows)} would be kept here{': ' + ', '.join(kept) if kept else ''}; "
-               f"the paper keeps {sum(PUBLISHED[k].pbo < 0.10 for k in rows)} of the same.")
-    cvs = {k.rpartition("-")[2]: r["pbo"] for k, r in rows.items() if k.startswith("ppo")}
-    if {"wf", "cpcv"} <= set(cvs) and None not in cvs.values():
-        again = "is" if cvs["cpcv"] < cvs["wf"] else "is not"
-        out.append(f"PBO of PPO is {cvs['cpcv']:.0%} by CPCV and {cvs['wf']:.0%} by walk-forward: the published order {again} seen again. "
-                   "One draw of PBO has a standard deviation near .17 on noise, so this decides little either way.")
-    said = sorted({r["verdict"] for r in rows.values()})
-    days = result["market"]["train_rows"] / 288
-    out.append(f"Our verdict on the {len(rows)} judged: {', '.join(said)}. The search had {days:.0f} days; a Sharpe ratio of 2 asks for years.")
+    said, days = sorted({r["verdict"] for r in rows.values()}), result["market"]["train_rows"] / 288
     lacking = [k for k in result["planned"] if k not in rows]
-    if lacking: out.append(f"Not finished: {', '.join(lacking)}.")
-    return out
+    judged = f"Our verdict on the {len(rows)} judged: {', '.join(said)}. The search had {days:.0f} days; a Sharpe ratio of 2 asks for years."
+    return [*_losses(rows, hold), *_overfitting(rows), *_conduct(rows), judged, *([f"Not finished: {', '.join(lacking)}."] if lacking else [])]
 
 # %% ../../nbs/validation/12_replication.ipynb #d9de1ba6
 def read_result(path: str | Path) -> dict[str, Any]: # As `replicate` returned it
