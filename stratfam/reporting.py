@@ -206,8 +206,8 @@ def metrics_table(w: WorldReport) -> Html:
     span = w.metrics["bars"].get(w.pick) if "bars" in w.metrics else None
     other = span is not None and int(span) != len(w.backtests[w.pick])
     over = f"Over all {int(span):,} bars of the cross-validation, not only those of the accounts drawn here. " if other else ""
-    return table(cells, f"Figures of merit: {w.title}", f"{over}After all costs. Sharpe ratios are per year of 365 days of 24 hours; the standard error of "
-                 "one over Y years is at least 1 / sqrt(Y).")
+    return table(cells, f"Figures of merit: {w.title}", f"{over}After all costs. Sharpe ratios are per year of 365 days of 24 hours; "
+                 "the standard error of one over Y years is at least 1 / sqrt(Y).")
 
 
 def trades_table(w: WorldReport) -> Html:
