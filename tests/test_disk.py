@@ -40,6 +40,19 @@ def test_full(tmp_path, seed):
     ends_well(s)
 
 
+def test_a_bill_is_booked_once_while_it_cannot_be_written(tmp_path):
+    s = lived(tmp_path, 3, hours=3)
+    before = float(s.loop.mirror.gate["peak"])
+    s.disk.full = True
+    sim.pay(s.exchange, s.account, 50 * 10**sim.MONEY_DIGITS, "deposit", "outside")
+    for _ in range(4):
+        s.loop.poll()
+        s.true.sleep(20.0)
+    assert float(s.loop.mirror.gate["peak"]) == pytest.approx(before + 50.0)
+    s.disk.full = False
+    ends_well(s)
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("part", [i / 20 for i in range(1, 20)] + [0.999])
 def test_torn_tail(tmp_path, part):

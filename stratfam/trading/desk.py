@@ -311,8 +311,9 @@ def _book(self: Desk, body: Mapping[str, Any]) -> None:
 # %% ../../nbs/trading/03_desk.ipynb #80bc42de
 def _book_bills(self: Desk, bills: Sequence[Any]) -> None:
     "Journal and book bills that are new; those from before our first reading are part of the starting balance."
+    known_ids = self.journal.book.seen["funding"] | {key for kind, key, _ in self.unwritten if kind == "funding"}
     for b in bills:
-        if b.bill_id in self.journal.book.seen["funding"] or b.time_ms < self.started_ms or b.asset not in ("", "USDT", "SUSDT"): continue
+        if b.bill_id in known_ids or b.time_ms < self.started_ms or b.asset not in ("", "USDT", "SUSDT"): continue
         body = {"kind": b.kind, "symbol": b.symbol, "amount": float(b.amount), "time_ms": b.time_ms}
         self.note([("funding", b.bill_id, body)])
         self.mirror.credit(body["amount"], moves_money(b.kind))

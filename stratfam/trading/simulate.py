@@ -546,7 +546,8 @@ def _report(sim: Simulation) -> Report:
 
 # %% ../../nbs/trading/05_simulate.ipynb #dd0c4b49
 def _finish(sim: Simulation) -> None:
-    "At rest, and a fixpoint under restarts."
+    "At rest, and a fixpoint under restarts. From here on nobody dies."
+    sim.die = None
     for _ in range(3):
         if sim.loop is None: sim.boot()
         sim.loop.poll()
