@@ -35,6 +35,7 @@ def desk(tmp_path, attached):
     import dataclasses
     world = dataclasses.replace(make_world("regime_drift", 700, 2, market="perp", seed=3).bars, symbols=NAMES)
     limits = limits_from(stop_loss=0.02, take_profit=0.05, daily_loss=0.03)
+    (tmp_path / "run").mkdir(exist_ok=True)
     rule = Rule(ObservationSpec(("return_24", "volatility_24")), "momentum", (("bars", 24), ("entry", 0.5)), short=True)
     venue, controls, contact, chat = venues.paper_venue(world, 10_000.0), permit.Controls(tmp_path / "run"), None, Chat()
     setup = paper.Setup("lesson", NAMES, "1h", ("return_24", "volatility_24"), limits, Costs(taker=0.0008, maker=0.0008), poll_s=1200)
