@@ -236,17 +236,18 @@ def replay(run: RunFolder = Path("runs/paper"), as_json: Json = False,
 @app.command()
 def simulate(seeds: Annotated[int, typer.Option("--seeds", help="How many.")] = 20,
              seed: Annotated[int | None, typer.Option("--seed", help="Only this one.")] = None,
-             first: Annotated[int, typer.Option("--first", help="Where to begin.")] = 0, as_json: Json = False) -> None:
+             first: Annotated[int, typer.Option("--first", help="Where to begin.")] = 0,
+             jobs: Annotated[int, typer.Option("--jobs", help="Workers; 0: one a core.")] = 0, as_json: Json = False) -> None:
     """Run the trading loop in simulated bad weather and check every invariant.
 
     Example: stratfam simulate --seeds 100
     """
-    from collections import Counter
-    from stratfam.trading.simulate import shrink, simulate as one
-    found = [one(s) for s in ([seed] if seed is not None else range(first, first + seeds))]
-    bad, faults = [r for r in found if not r.ok], Counter()
-    for r in found: faults.update(r.faults)
-    lines = [repr(r) for r in (found if seed is not None else bad)] + [f"  shrunk to {shrink(r).weather}" for r in bad[:3]]
-    total = {"seeds": len(found), "broken": len(bad), "orders": sum(r.orders for r in found), "faults": dict(faults.most_common())}
-    show({**total, "failures": [repr(r) for r in bad], "traces": [r.trace[:16] for r in found]}, as_json, "\n".join([*lines, str(total)]))
+    import os
+    from stratfam.trading.simulate import many, shrink, simulate as one
+    only = None if seed is None else one(seed)
+    total = None if only else many(range(first, first + seeds), min(seeds, jobs or os.cpu_count() or 1))
+    bad = total.broken if total else [] if only.ok else [only]
+    facts = total.as_dict() if total else {"seed": seed, "orders": only.orders, "fills": only.fills, "trace": only.trace, "faults": only.faults}
+    lines = [*(repr(r) for r in ([only] if only else bad)), *(f"  shrunk to {shrink(r).weather}" for r in bad[:3])]
+    show({**facts, "failures": [repr(r) for r in bad]}, as_json, "\n".join([*lines, *(f"{k}: {v}" for k, v in facts.items())]))
     if bad: raise typer.Exit(1)
