@@ -143,7 +143,7 @@ def as_step(step: Any, # "5m", "1h", "1d", a timedelta, or nanoseconds
             raise ConfigError(f"Unknown bar length {step!r}: write a count and a unit such as '5m', '1h' or '1d'.")
         step = np.timedelta64(int(step[:-1]), unit)
     ns = int(pd.Timedelta(step).value)
-    if ns < 10**9: raise ConfigError(f"A bar length must be at least a second, found {step!r}; write '1h'. A bare number means nanoseconds.")
+    if ns <= 0: raise ConfigError(f"A bar length must be positive, found {step!r}.")
     return np.timedelta64(ns, "ns")
 
 

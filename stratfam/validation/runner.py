@@ -202,9 +202,9 @@ def do_work(source: Mapped | Sent, # Where the market is
 def _follow(parent: int, # Its process number
           ) -> None:
     "In a worker, once: end with the process that started it, however that one ended."
-    def watch() -> None:
-        while os.getppid() == parent: time.sleep(1.0)
-        os._exit(1)
+    def watch(now: Callable[[], int] = os.getppid, sleep: Callable[[float], None] = time.sleep, leave: Callable[[int], None] = os._exit) -> None:
+        while now() == parent: sleep(1.0)
+        leave(1)
     threading.Thread(target=watch, name="follow", daemon=True).start()
 
 # %% ../../nbs/validation/08_runner.ipynb #c2f334b2
