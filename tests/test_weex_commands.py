@@ -197,7 +197,8 @@ def test_the_log_and_the_output_show_no_secret(weex, tmp_path, server, monkeypat
 def listen(*args, cwd, env):
     "`stratfam weex serve` as a process, and what it said when its port was open."
     process = subprocess.Popen([sys.executable, "-m", "stratfam.cli", "weex", "serve", *args, "--port", "0", "--json"], cwd=cwd, env=env,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # A shell's background jobs ignore it
     said = ""
     while not said.endswith("}\n"):
         said += (line := process.stdout.readline())
