@@ -15,7 +15,7 @@ MUTANTS = [  # name, module, attribute, text, instead, weather
      'pass', ('timeout_before', 'error_after')),
     ('lost_orders_stay_lost', 'desk', 'Desk._find_lost', 'waiting = {', 'orders = []; waiting = {', ('disk', 'crash')),
     ('fills_twice', 'desk', 'Desk._book_fills', 'if f.fill_id in self.journal.book.seen["fill"] or f.fill_id in waiting: continue', 'pass', ('gap',)),
-    ('bills_twice', 'desk', 'Desk._book_bills', 'b.bill_id in self.journal.book.seen["funding"]', 'False', ('deposit',)),
+    ('bills_twice', 'desk', 'Desk._book_bills', 'if b.bill_id in known_ids or', 'if', ('deposit',)),
     ('old_money_believed', 'desk', 'Desk._agreed',
      'if self.odd and not ("cash" in self.drift and abs(odd - was) <= near):',
      'if False:', ('stale_reply',)),

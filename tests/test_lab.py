@@ -116,7 +116,8 @@ def test_a_small_lab_with_fixed_seeds(tmp_path):
     before = {p.name: p.read_bytes() for p in tmp_path.glob("*.npz")}
     lab.run_lab(tmp_path, cells, jobs=2)
     assert before == {n: (tmp_path / n).read_bytes() for n in before} and len(before) == 3
-    with np.load(tmp_path / lab.cell_name(cells[-1])) as kept: assert_array_equal(kept["score"], lab.run_cell(cells[-1])["score"])
+    with np.load(tmp_path / lab.cell_name(cells[-1])) as kept:
+        assert_allclose(kept["score"], lab.run_cell(cells[-1])["score"], rtol=1e-9, atol=1e-12, strict=True) # Sums of one thread or two
     got = lab.rates(lab.summary(tmp_path)["records"]).query("size == 50").set_index(["market", "rule"])
     rate = got["rate"]
     assert (got["draws"] == 25).all()
