@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import yaml
+from joblib.externals.loky import get_reusable_executor
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, OUT = ROOT / "nbs", ROOT / "_proc"
@@ -285,6 +286,7 @@ def process_one(path):
     "One notebook in a worker process; None, or what failed."
     try: process(path, settings())
     except Exception as e: return f"{path.relative_to(NBS)}: {type(e).__name__}: {e}"  # noqa: BLE001  named at the end, all at once
+    finally: get_reusable_executor().shutdown(wait=True, kill_workers=True)  # A notebook's own workers would idle for five minutes
 
 
 def main(readme_only):
