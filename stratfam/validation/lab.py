@@ -371,15 +371,6 @@ OTHERS = (Market("market premium", "market", "gbm", (("premium", 0.8563),)),
           Market("regime_drift", "latent", "regime_drift", fee=FEE, slippage_bps=SLIPPAGE),
           Market("drift_burst", "latent", "drift_burst", (("hours", 72.0),), fee=FEE, slippage_bps=SLIPPAGE))
 
-# %% ../../nbs/validation/11_lab.ipynb #c01f8776
-SYMBOLS, STEP, FEE, SLIPPAGE = 3, "1d", 0.0006, 2.0 # A perpetual market of daily bars; what trading costs where an edge is planted
-SHORT, LONG = (2,), (1, 2, 4) # Years: most draws, some draws
-NO_EDGE = (*(Market(w, "none", w) for w in ("gbm", "garch", "heston", "merton", "regime_vol", "crypto_like", "bootstrap", "placebo")),
-           Market("coins", "none", "garch", signals="coins"), Market("losers", "none", "gbm", fee=0.02))
-OTHERS = (Market("market premium", "market", "gbm", (("premium", 0.8563),)),
-          Market("regime_drift", "latent", "regime_drift", fee=FEE, slippage_bps=SLIPPAGE),
-          Market("drift_burst", "latent", "drift_burst", (("hours", 72.0),), fee=FEE, slippage_bps=SLIPPAGE))
-
 # %% ../../nbs/validation/11_lab.ipynb #692e66a4
 SHAPES = {"momentum": {"half_life": 30.0}, "mean_reversion": {"half_life": 5.0}, "cross_sectional": {"half_life": 30.0},
           "regime_conditional": {"half_life": 30.0}, "decaying": {"half_life": 30.0, "life": 1.0}} # Days; share of the sample
