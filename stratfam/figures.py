@@ -748,8 +748,8 @@ def draw_basis(title: str, basis: pd.DataFrame | None) -> Html: # From `basis_be
             if ok.any(): _trace(ax, time[ok], b[name].to_numpy()[ok], 500, color=colour, ls=dash, lw=1, label=str(name))
         _dates(ax); _finish(ax, y="basis, basis points", zero="y", legend=5)
     size = pd.Series(b.abs().to_numpy().ravel()).dropna()
-    return draw(paint, title, f"Trading venue over data venue, minus one. Half of the time within {size.median():.1f} basis points, once in a "
-                f"hundred beyond {size.quantile(0.99):.1f}. An edge per trade smaller than this was measured on other prices.", size=(8, 3.0))
+    return draw(paint, title, f"Trading venue over data venue, minus one. Half of the time within {size.median():.2g} basis points, once in a "
+                f"hundred beyond {size.quantile(0.99):.2g}. An edge per trade smaller than this was measured on other prices.", size=(8, 3.0))
 
 
 def basis_figure(w: WorldReport) -> Html:

@@ -21,6 +21,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def table(frame: pd.DataFrame, # What to show; its index becomes the first colum
     head = "".join(f'<th{r} scope="col">{html.escape(str(c)).replace("_", " ")}</th>' for c, r in zip(f.columns, right))
     body = "".join("<tr>" + "".join(_cell(c, v) for c, v in zip(f.columns, row)) + "</tr>" for row in rows)
     more = f" The first {limit} of {len(frame)} rows." if len(frame) > limit else ""
-    inside = f'<table class="sort{" long" if len(rows) > 25 else ""}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    inside = f'<table class="sort{" long" if len(rows) > 40 else ""}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return block(title, inside, caption + more, f"table of {len(frame)} rows")
 
 # %% ../nbs/reporting.ipynb #abf8ef53
@@ -465,8 +466,10 @@ def _fill(work: Path, template: Path, params: dict, run: RunData | None, name: s
     if run is not None:
         save_run(run, work / "run")
         params["run"] = "run"
-    failed = _execute(template, work, params)
-    said = write_results(run, work) if run is not None else {"name": name, "status": "done", "synthetic": False, "worlds": []}
+    with ThreadPoolExecutor(1) as meanwhile:
+        written = meanwhile.submit(write_results, run, work) if run is not None else None
+        failed = _execute(template, work, params)
+    said = written.result() if written else {"name": name, "status": "done", "synthetic": False, "worlds": []}
     said |= {"template": template.stem, "status": "failed" if failed else "done"}
     write_atomic(work / "result.json", json.dumps(said, indent=1, allow_nan=False))
     body = _failure(failed) if failed else notebook_body(work / "report.ipynb")
