@@ -143,7 +143,8 @@ def _sample_extras(rng: np.random.Generator, index: pd.DatetimeIndex) -> dict[st
     orders.loc[orders["status"] != "filled", "shortfall_bps"] = np.nan
     decisions = pd.DataFrame({"gap_bps": rng.normal(-0.02, 0.3, T).cumsum(), "apart": rng.exponential(0.001, T), "asked": 2,
                               "same": 2 - (rng.random(T) < 0.01)}, index)
-    return {"decisions": decisions, "maintenance": 0.005, "regimes": pd.DataFrame({"regime": regime, "route": np.where(regime == "wild", "cash", "ppo")}, index),
+    return {"decisions": decisions, "maintenance": 0.005,
+            "regimes": pd.DataFrame({"regime": regime, "route": np.where(regime == "wild", "cash", "ppo")}, index),
             "confidence": pd.DataFrame({"stated": said, "right": rng.random(600) < said}), "learning": learning, "basis": basis, "orders": orders}
 
 # %% ../nbs/figures.ipynb #36a47284
@@ -360,7 +361,7 @@ def paths_figure(w: WorldReport) -> Html:
              "Paths share most of their data and agree more than independent trials would.")
     def paint(ax):
         for n, name in enumerate(level):
-            _trace(ax, level.index, level[name].to_numpy(), 400, color=BLUE, alpha=0.35, lw=1, label="" if n else f"{ret.shape[1]} paths")
+            _trace(ax, level.index, level[name].to_numpy(), 400, color=BLUE, alpha=0.35, lw=1, label="" if n else f"{ret.shape[1]} path{'s' * (ret.shape[1] > 1)}")
         _trace(ax, level.index, level.median(axis=1).to_numpy(), color=INK, lw=2, label="median of the paths")
         _trace(ax, level.index, level.min(axis=1).to_numpy(), color=RED, ls="--", label="lowest at each bar")
         _multiples(ax); _dates(ax); _finish(ax, y="equity / start", legend=3)
@@ -525,7 +526,7 @@ def pnl_parts(b: Backtest) -> dict[str, float]: # Per cent of the starting capit
     parts = {"price moves": b.price_pnl.sum(), "fees": -b.fee.sum(), "slippage": -b.slippage.sum(), "funding": -b.funding.sum()}
     return {k: 100 * float(v) / b.capital for k, v in parts.items()}
 
-# %% ../nbs/figures.ipynb #de5e3f12
+
 def pnl_figure(w: WorldReport) -> Html:
     "Profit split into price moves, fees, slippage and funding, for every policy."
     names = [w.pick, *(n for n in w.backtests if n != w.pick)]
@@ -670,25 +671,27 @@ def reliability_figure(w: WorldReport) -> Html:
         ax.plot([0, 1], [0, 1], color=INK, lw=1, ls="--", label="as honest as it says")
         ax.errorbar(t["stated"], t["right"], 2 * t["error"], color=BLUE, marker="o", ls="", capsize=3, label="measured, two standard errors")
         low, high = (t["right"] - 2 * t["error"]).min(), (t["right"] + 2 * t["error"]).max()
-        ax.set_xlim(max(-0.02, t["stated"].min() - 0.05), min(1.02, t["stated"].max() + 0.05)); ax.set_ylim(max(-0.02, low - 0.03), min(1.05, high + 0.03))
+        ax.set_xlim(max(-0.02, t["stated"].min() - 0.05), min(1.02, t["stated"].max() + 0.05))
+        ax.set_ylim(max(-0.02, low - 0.03), min(1.05, high + 0.03))
         _finish(ax, "stated confidence", "share that was right", legend=2)
     side = "more sure than right" if (t["n"] * (t["stated"] - t["right"])).sum() > 0 else "less sure than right"
-    return draw(paint, title, f"{len(w.confidence):,} decisions on rows it was not trained on; mean distance from the diagonal {gap:.2f}, on the whole {side}. "
-                "Below the diagonal the gate's minimum confidence lets too much through.", size=(8, 3.2))
+    return draw(paint, title, f"{len(w.confidence):,} decisions on rows it was not trained on; mean distance from the diagonal {gap:.2f}, "
+                f"on the whole {side}. Below the diagonal the gate's minimum confidence lets too much through.", size=(8, 3.2))
 
-# %% ../nbs/figures.ipynb #5b5daa24
+# %% ../nbs/figures.ipynb #f3ea2f04
 def _learnt_at_once(title: str, log: pd.DataFrame, names: list[str], who: str) -> Html:
     "One bar a training of a learner that takes no steps."
     def paint(*axes):
         for ax, name in zip(axes, names):
             part = log[log["name"] == name]
-            ax.bar_label(ax.barh([f"{n + 1}: {x}" for n, x in enumerate(part[who])], part["value"].to_numpy("f8"), color=BLUE), fmt="%.3g", padding=3)
+            bars = ax.barh([f"{n + 1}: {x}" for n, x in enumerate(part[who])], part["value"].to_numpy("f8"), color=BLUE)
+            ax.bar_label(bars, fmt="%.3g", padding=3)
             ax.grid(axis="y", visible=False); ax.invert_yaxis(); _finish(ax, name, zero="x")
-    return draw(paint, title, f"{log[who].nunique()} trainings, each solved in one step: there is no curve to look at. Measured on training rows, where more is "
-                "not better; trainings that differ much were given rows that differ much.", rows=len(names),
+    return draw(paint, title, f"{log[who].nunique()} trainings, each solved in one step: there is no curve to look at. Measured on "
+                "training rows, where more is not better; trainings that differ much were given rows that differ much.", rows=len(names),
                 size=(8, len(names) * (0.7 + 0.4 * log[who].nunique())))
 
-# %% ../nbs/figures.ipynb #1f1d93e2
+
 def learning_figure(w: WorldReport) -> Html:
     "What the learner reported while it learned."
     title, log = f"Learning: {w.title}", w.learning
@@ -712,17 +715,18 @@ def learning_figure(w: WorldReport) -> Html:
 def decisions_figure(w: WorldReport) -> Html:
     "A session's equity and positions against those of the backtest of its bars."
     title, d = f"Session and backtest: {w.title}", w.decisions
-    if d is None or len(d) < 2: return absent(title, "Only a session whose journal holds its bars and whose policy is found can be laid beside a backtest.")
+    if d is None or len(d) < 2:
+        return absent(title, "Only a session whose journal holds its bars and whose policy is found can be laid beside a backtest.")
     time = pd.DatetimeIndex(d.index).to_numpy("datetime64[ns]")
     gap, apart = d["gap_bps"].to_numpy("f8"), 100 * d["apart"].to_numpy("f8")
     def paint(top, low):
         _trace(top, time, gap, color=BLUE, lw=1.6); _finish(top, y="gap, basis points", zero="y")
         _trace(low, time, apart, color=ORANGE); _finish(low, y="positions apart, %"); low.set_ylim(bottom=0); _dates(low)
     asked, same = int(d["asked"].sum()), int(d["same"].sum())
-    return draw(paint, title, f"{len(d):,} closes, {asked:,} wishes, {same:,} of them equal in session and backtest. The session ends {gap[-1]:+.1f} basis "
-                f"points from its backtest and was never further than {np.abs(gap).max():.1f} from it; positions differ by more than one per cent "
-                f"of equity at {int((apart > 1).sum()):,} closes. Above zero the venue was kinder than the backtest assumed. Unequal wishes are a "
-                "fault to find (stratfam replay), a gap without them is fills, fees and funding.", rows=2, size=(8, 3.8), height_ratios=[2, 1],
+    return draw(paint, title, f"{len(d):,} closes, {asked:,} wishes, {same:,} of them equal in session and backtest. The session ends "
+                f"{gap[-1]:+.1f} basis points from its backtest and was never further than {np.abs(gap).max():.1f} from it; positions differ "
+                f"by more than one per cent of equity at {int((apart > 1).sum()):,} closes. Above zero the venue was kinder than assumed. "
+                "Unequal wishes are a fault to find (stratfam replay), a gap without them is fills, fees and funding.", rows=2, size=(8, 3.8), height_ratios=[2, 1],
                 sharex=True)
 
 # %% ../nbs/figures.ipynb #51b61ae2
@@ -740,7 +744,8 @@ def basis_between(data: Bars, # Where the prices come from
 
 def draw_basis(title: str, basis: pd.DataFrame | None) -> Html: # From `basis_between`
     "The basis through time, its usual and its extreme size."
-    if basis is None or basis.empty: return absent(title, "Data and trading come from the same venue, or no bars of a second venue were given (--venue-bars FOLDER).")
+    if basis is None or basis.empty:
+        return absent(title, "Data and trading come from the same venue, or no bars of a second venue were given (--venue-bars FOLDER).")
     time, b = pd.DatetimeIndex(basis.index).to_numpy("datetime64[ns]"), basis.astype("f8")
     def paint(ax):
         for name, (colour, dash) in zip(b.columns[:7], ((BLUE, "-"), *LINES)):

@@ -302,7 +302,8 @@ body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.5 syste
 main { max-width: 1280px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.7rem; margin: .2rem 0; } h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; } h3 { font-size: 1rem; margin: 0 0 .4rem; }
 header p, figcaption, small { color: var(--soft); } code, pre { font: .88em ui-monospace, monospace; } a { color: inherit; }
-p { max-width: 80ch; } figure { margin: 1.4rem 0; max-width: 860px; } figure:has(table) { max-width: none; } figcaption { font-size: .9rem; margin-top: .3rem; max-width: 80ch; }
+p { max-width: 80ch; } figure { margin: 1.4rem 0; max-width: 860px; } figure:has(table) { max-width: none; }
+figcaption { font-size: .9rem; margin-top: .3rem; max-width: 80ch; }
 figure.absent { border: 1px dashed var(--line); border-radius: 6px; padding: .7rem 1rem; color: var(--soft); }
 .wide { overflow-x: auto; background: linear-gradient(90deg, var(--bg) 40%, transparent) left / 2.5rem 100% no-repeat local,
   linear-gradient(-90deg, var(--bg) 40%, transparent) right / 2.5rem 100% no-repeat local,
@@ -314,7 +315,8 @@ figure.absent { border: 1px dashed var(--line); border-radius: 6px; padding: .7r
 table { border-collapse: collapse; font-size: .9rem; width: 100%; overflow-wrap: normal; }
 th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { background: var(--card); white-space: nowrap; } .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-table.sort th { cursor: pointer; } td.t { white-space: nowrap; } td small { display: block; } details { margin: 1rem 0; } summary { cursor: pointer; }
+img { max-width: 100%; } table.sort th { cursor: pointer; }
+ td.t { white-space: nowrap; } td small { display: block; } details { margin: 1rem 0; } summary { cursor: pointer; }
 pre { overflow-x: auto; background: var(--card); padding: .8rem; border-radius: 6px; }
 th[aria-sort]::after { content: " \\25B4"; } th[aria-sort=descending]::after { content: " \\25BE"; } .differs { font-weight: 700; }
 @media (max-width: 40rem) { .tests thead { display: none; } .tests tr { display: grid; grid-template-columns: 1fr 1fr auto; padding: .3rem 0;
@@ -448,7 +450,8 @@ def _execute(template: Path, work: Path, params: Mapping[str, Any]) -> Any: # Th
     "Run the template in `work`; the notebook is left there either way."
     import papermill
     from traitlets.config import Config
-    local = Config({"KernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"}})
+    local = Config({"KernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"},
+                    "NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=50"]}})
     try:
         papermill.execute_notebook(str(template), str(work / "report.ipynb"), dict(params), cwd=str(work), progress_bar=False, config=local)
     except papermill.PapermillExecutionError as e: return e
@@ -466,6 +469,7 @@ def _fill(work: Path, template: Path, params: dict, run: RunData | None, name: s
     if run is not None:
         save_run(run, work / "run")
         params["run"] = "run"
+    importlib.import_module("IPython") # papermill's; whole, before matplotlib looks for it in the other thread
     with ThreadPoolExecutor(1) as meanwhile:
         written = meanwhile.submit(write_results, run, work) if run is not None else None
         failed = _execute(template, work, params)
@@ -531,7 +535,7 @@ def run_lines(said: Mapping[str, Any]) -> dict[str, str]: # name -> text, in rea
     out = {k: str(said[k]) for k in ("name", "template", "created", "status", "command") if k in said}
     for w in said.get("worlds", ()):
         at = f"{w['title']}: " if len(said["worlds"]) > 1 else ""
-        out |= {f"{at}decision": str(w["decision"]), f"{at}judged": w["pick"], f"{at}trials": str(w["trials"])}
+        out |= {f"{at}decision": w["decision"] or "no verdict", f"{at}judged": w["pick"], f"{at}trials": str(w["trials"])}
         out |= {f"{at}{k}": str(v) for k, v in w["facts"].items()}
         out |= {f"{at}{t['name']}": number(t["value"]) + {True: " pass", False: " FAIL"}.get(t["passed"], "") for t in w["tests"]}
         out |= {f"{at}{k.replace('_', ' ')}": number(v, k in SHARES) for k, v in w["metrics"].get(w["pick"], {}).items()}
@@ -552,7 +556,7 @@ def compare_runs(a: str | Path, # Folder of a run
 def _index_row(name: str, r: Mapping[str, Any]) -> str:
     "One run as a row."
     own, at = (r.get("worlds") or [{}])[0], html.escape(name, quote=True)
-    said = "; ".join(f"{w['title']}: {w['decision']}" for w in r.get("worlds", ()))
+    said = "; ".join(f"{w['title']}: {w['decision'] or 'no verdict'}" for w in r.get("worlds", ()))
     cells = [r.get("template", ""), r.get("status", ""), said, own.get("pick", ""), own.get("facts", {}).get("symbols", ""),
              own.get("metrics", {}).get(own.get("pick"), {}).get("sharpe"), "SYNTHETIC" if r.get("synthetic") else ""]
     tick = f'<td><input type="checkbox" value="{at}" aria-label="compare {at}"></td>'
@@ -565,6 +569,9 @@ function cell(row, kind, text) { var c = row.insertCell(); c.textContent = text;
 function show() {
   place.textContent = picked.length === 1 ? "Tick one more run." : "";
   if (picked.length < 2) return;
+  var pair = document.createElement("div"); pair.className = "beside"; place.appendChild(pair);
+  picked.forEach(function (x) { var i = document.createElement("img"); i.alt = "picture of " + x; i.onerror = function () { i.remove(); };
+    i.src = x + "/validation_results.png"; pair.appendChild(i); });
   var a = lines[picked[0]], b = lines[picked[1]], t = document.createElement("table"), head = t.createTHead().insertRow();
   ["", picked[0], picked[1]].forEach(function (x) { var h = document.createElement("th"); h.textContent = x; head.appendChild(h); });
   Array.from(new Set(Object.keys(a).concat(Object.keys(b)))).forEach(function (k) {

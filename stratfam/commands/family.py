@@ -331,7 +331,8 @@ def report_run(template: str, title: str, runs: dict[str, Any], facts: dict[str,
     others = tuple(n for n in runs if n in RIVALS and n != pick)
     world = WorldReport(title, is_synthetic(source), facts, b.step, pick, runs, others, merits(runs), quality=quality(task.bars),
                         stress=stressed(b), maintenance=upkeep, **more, **basis)
-    stamps = {"data": bars_digest(task.bars), "code": stratfam.source_digest(), "config": digest(task.limits, task.costs, list(b.symbols), step_name(b.step))}
+    config = digest(task.limits, task.costs, list(b.symbols), step_name(b.step))
+    stamps = {"data": bars_digest(task.bars), "code": stratfam.source_digest(), "config": config}
     run = RunData(template, Env().iso(), command, (world,), digests={**(digests or {}), **stamps}, versions=versions(), settings=show_config(s))
     return run_report(template, None, out or s.report.folder, run=run)
 

@@ -132,8 +132,9 @@ def session_run(folder: Path, # Holds journal.db
     seen = seen_by(entries)
     runs, fields, note = _beside(entries, s, seen, policy)
     facts = {"trading venue": s.about["venue"], "data venue": venue_name(data) if data else "not named (--data FOLDER)",
-             "account": s.about["account"], "permit": s.about["permit"], "symbols": ", ".join(s.account.symbols), "bar length": step_name(s.account.step),
-             "bars": len(s.account), "backtest beside it": note, "state at the end": s.state, "starts": s.starts, "asked": s.asked}
+             "account": s.about["account"], "permit": s.about["permit"], "symbols": ", ".join(s.account.symbols),
+             "bar length": step_name(s.account.step), "bars": len(s.account), "backtest beside it": note,
+             "state at the end": s.state, "starts": s.starts, "asked": s.asked}
     if seen is not None: fields["quality"] = quality(seen.bars)
     if data is not None and seen is not None:
         wide = basis_between(load_bars(data, [n for n in seen.bars.symbols], step_name(seen.bars.step)), seen.bars)

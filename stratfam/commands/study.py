@@ -232,12 +232,14 @@ def world_report(j: Any, venue_bars: Path | None = None, planned: str = "paper")
     stress = pd.DataFrame(costly, columns=["factor", "sharpe"])
     family = Trials(cv.trials.ret[tried], {k: cv.trials.config[k] for k in tried}, step)
     named, basis = venues(f.task.bars, f.terms["about"].get("venue", "not recorded"), venue_bars, planned)
-    return WorldReport(f.terms["name"], j.verdict.synthetic, {**_facts(j), **named}, step, j.pick, dict(j.shown), tuple(k for k in j.shown if k != j.pick),
+    return WorldReport(f.terms["name"], j.verdict.synthetic, {**_facts(j), **named}, step, j.pick, dict(j.shown),
+                       tuple(k for k in j.shown if k != j.pick),
                        pd.DataFrame({k: metrics(cv.trials.ret[k], step) for k in rows}).T, j.verdict, quality(f.task.bars),
-                       paths={j.pick: cv.paths[j.pick]}, seeds=seeds, stress=stress, **evidence(family, j.pick, j.over), **insight(j), **basis)
+                       paths={j.pick: cv.paths[j.pick]}, seeds=seeds, stress=stress, **basis, **evidence(family, j.pick, j.over), **insight(j))
 
 # %% ../../nbs/commands/03_study.ipynb #78143877
-def _conclude(home: Path, ledger: Path | None, out: Path | None, s: Any, open_browser: bool, as_json: bool, venue_bars: Path | None = None) -> None:
+def _conclude(home: Path, ledger: Path | None, out: Path | None, s: Any, open_browser: bool, as_json: bool,
+              venue_bars: Path | None = None) -> None:
     "Judge, report, print, and leave with the verdict's exit code."
     from stratfam.config import show_config
     from stratfam.core import Env
@@ -254,7 +256,8 @@ def _conclude(home: Path, ledger: Path | None, out: Path | None, s: Any, open_br
         j = judge_study(home, book, env, Rule(expires_days=s.validation.expiry_days))
     page = None
     if j.pick is not None:
-        run = RunData("validation", env.iso(), f"stratfam validate {home.name}", (world_report(j, venue_bars, s.trading.venue),), {"validate": env.clock.monotonic() - start},
+        seconds, world = {"validate": env.clock.monotonic() - start}, world_report(j, venue_bars, s.trading.venue)
+        run = RunData("validation", env.iso(), f"stratfam validate {home.name}", (world,), seconds,
                       dict(j.verdict.digests), versions(), show_config(s))
         page = run_report("validation", run=run, out_dir=out or s.report.folder, env=env)
     answer = {"decision": j.verdict.decision, "pick": j.pick, "next_step": j.verdict.next_step, "verdict": str(home / "verdict.json"),
