@@ -359,9 +359,10 @@ def paths_figure(w: WorldReport) -> Html:
     same = bool((ret.sub(ret.iloc[:, 0], axis=0).abs() < 1e-12).all(axis=None)) and ret.shape[1] > 1
     agree = ("All paths are one: a rule that learns nothing walks the same way whatever it was trained on." if same else
              "Paths share most of their data and agree more than independent trials would.")
+    kinds = f"{ret.shape[1]} path{'s' * (ret.shape[1] > 1)}"
     def paint(ax):
         for n, name in enumerate(level):
-            _trace(ax, level.index, level[name].to_numpy(), 400, color=BLUE, alpha=0.35, lw=1, label="" if n else f"{ret.shape[1]} path{'s' * (ret.shape[1] > 1)}")
+            _trace(ax, level.index, level[name].to_numpy(), 400, color=BLUE, alpha=0.35, lw=1, label="" if n else kinds)
         _trace(ax, level.index, level.median(axis=1).to_numpy(), color=INK, lw=2, label="median of the paths")
         _trace(ax, level.index, level.min(axis=1).to_numpy(), color=RED, ls="--", label="lowest at each bar")
         _multiples(ax); _dates(ax); _finish(ax, y="equity / start", legend=3)
@@ -726,8 +727,8 @@ def decisions_figure(w: WorldReport) -> Html:
     return draw(paint, title, f"{len(d):,} closes, {asked:,} wishes, {same:,} of them equal in session and backtest. The session ends "
                 f"{gap[-1]:+.1f} basis points from its backtest and was never further than {np.abs(gap).max():.1f} from it; positions differ "
                 f"by more than one per cent of equity at {int((apart > 1).sum()):,} closes. Above zero the venue was kinder than assumed. "
-                "Unequal wishes are a fault to find (stratfam replay), a gap without them is fills, fees and funding.", rows=2, size=(8, 3.8), height_ratios=[2, 1],
-                sharex=True)
+                "Unequal wishes are a fault to find (stratfam replay), a gap without them is fills, fees and funding.", rows=2,
+                size=(8, 3.8), height_ratios=[2, 1], sharex=True)
 
 # %% ../nbs/figures.ipynb #51b61ae2
 def basis_between(data: Bars, # Where the prices come from
