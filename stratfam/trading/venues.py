@@ -17,7 +17,7 @@ from ..core import Bars, ConfigError, Env, VirtualClock, digest
 from ..weex.client import DAY_MS, OrderRequest, WeexAPIClient
 from ..weex.exchange import Exchange, add_user
 from ..weex.gateway import FaultPlan, InProcessTransport
-from ..weex.replies import Bill, Fill, Kline, Order, Position, SymbolInfo, Ticker, order_from, rows
+from ..weex.replies import Bill, Fill, Kline, Order, Position, SymbolInfo, Ticker, rows
 from ..weex.symbols import close_ms
 from ..weex.wire import Credentials, Outcome, PermissionDenied
 
@@ -169,7 +169,7 @@ WeexVenue.snapshot, WeexVenue.fills, WeexVenue.funding = _snapshot, _fills, _fun
 def _triggers_since(self: WeexVenue, since_ms: int) -> tuple[list[Order], dict[str, str]]: # Orders; child order id -> client id
     "Conditional orders that are over, and what they became."
     raw = self.client.read("trigger_history", startTime=since_ms, endTime=self.now_ms() + 1000, limit=1000)
-    found = [(order_from(r, self.client.our_symbol), r.id("actualOrderId", default="0")) for r in rows(raw, "trigger history", "orders")]
+    found = [(self.client._order(r), r.id("actualOrderId", default="0")) for r in rows(raw, "trigger history", "orders")]
     return [o for o, _ in found], {child: o.client_id for o, child in found if child.strip("0")}
 
 # %% ../../nbs/trading/00_venues.ipynb #6ef513fa
