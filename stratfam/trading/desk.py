@@ -365,7 +365,7 @@ Desk.started_ms = 0
 # %% ../../nbs/trading/03_desk.ipynb #56bb5081
 def _find_lost(self: Desk, orders: Sequence[Order]) -> None:
     "Write down orders of ours that the journal does not know."
-    waiting = self.pending("intent")
+    waiting = set(self.pending("intent"))
     for o in orders:
         name = o.client_id
         if not name.startswith(OURS) or name in self.journal.book.seen["intent"] or name in waiting or name in self.foreign: continue

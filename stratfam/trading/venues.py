@@ -126,8 +126,10 @@ def closed_bars(page: Sequence[Kline], # In any order, perhaps twice, perhaps un
                ) -> list[Kline]: # Sorted, one per opening time, closed and possible
     "The bars one may act on."
     best: dict[int, Kline] = {}
+    length = close_ms(0, interval) if interval != "1M" else 0
     for k in page:
-        if k.sane and close_ms(k.open_ms, interval) <= now_ms and (k.open_ms not in best or k.volume >= best[k.open_ms].volume): best[k.open_ms] = k
+        end = k.open_ms + length if length else close_ms(k.open_ms, interval)
+        if k.sane and end <= now_ms and (k.open_ms not in best or k.volume >= best[k.open_ms].volume): best[k.open_ms] = k
     return [best[t] for t in sorted(best)]
 
 # %% ../../nbs/trading/00_venues.ipynb #94b1b77d
