@@ -303,13 +303,17 @@ def _note(self: WeexAPIClient, request: Request, answer: Response | None, error:
 
 
 def _exchange(self: WeexAPIClient, name: str, query: Mapping | None = None, body: Mapping | None = None, urgent: bool = False) -> Any:
-    "One request; signed once more, with the same body, when the venue finds the timestamp expired."
+    "One request; signed once more, with the same body, when the venue finds the timestamp expired. A refusal, not NotSent: the first one left."
     e = self.endpoint(name)
     try: return self._attempt(e, query, body, urgent)
-    except TimestampExpired as expired:
+    except TimestampExpired as error:
+        expired = error
         try: self.sync_clock()
         except WeexError: raise expired from None
-    return self._attempt(e, query, body, urgent)
+    try: return self._attempt(e, query, body, urgent)
+    except NotSent:
+        if e.kind in ("public", "read"): raise
+        raise expired from None
 
 
 WeexAPIClient._send, WeexAPIClient._attempt, WeexAPIClient._note, WeexAPIClient._exchange = _send, _attempt, _note, _exchange
