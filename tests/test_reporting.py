@@ -264,7 +264,7 @@ def test_the_page_of_a_session_is_its_journal(trained):
     page, run = of(trained, "session")
     w, text = run.worlds[0], page.read_text(encoding="utf-8")
     b = w.backtests[w.pick]
-    assert len(b) >= 199 and w.facts["venue"] == "paper" and len(w.orders) and "Paper trading sends no money" in text
+    assert len(b) >= 199 and len(w.orders) and "paper trading sends no money" in text
     np.testing.assert_allclose(b.capital + (b.price_pnl - b.fee - b.funding).sum(), b.equity[-1])
     twin, d = w.backtests["backtest of the same bars"], w.decisions
     assert run.synthetic and w.facts["trading venue"] == "paper" and w.facts["data venue"] == "synthetic"
