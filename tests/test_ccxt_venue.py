@@ -1,0 +1,253 @@
+"""The loop on the venue `ccxt:weex`: ccxt's own class against our exchange, in the simulation's weather, on the virtual clock."""
+import os
+from decimal import Decimal
+
+import numpy as np
+import pytest
+
+from stratfam.core import Bars, ConfigError, Env, VirtualClock
+from stratfam.trading import exchanges
+from stratfam.trading.exchanges import CcxtVenue
+from stratfam.trading.simulate import KINDS, Weather, many, simulate
+from stratfam.trading.venues import PAPER
+from stratfam.weex.client import OrderRequest
+from stratfam.weex.exchange import Exchange, add_user
+from stratfam.weex.gateway import FaultPlan, InProcessTransport
+from stratfam.weex.server import Server
+from stratfam.weex.wire import ACK, REFUSED, UNKNOWN, AuthError, Malformed, NotSent, Outcome, PermissionDenied, RequestsTransport, WeexError
+
+KEYS = {"apiKey": str(PAPER.key), "secret": "paper-secret", "password": str(PAPER.passphrase)}
+CORES = min(2, os.cpu_count() or 1)
+
+
+class Watched(CcxtVenue):
+    "A ccxt venue whose orders are looked at on their way out."
+    def place(self, order, urgent):
+        self.watch.before(order)
+        return super().place(order, urgent)
+
+
+def through_ccxt(sim):
+    "The venue as a new process makes it: everything it sends passes the simulation's faults."
+    return Watched("weex", KEYS, sim.env, paced=False, base_url=sim.socket.url if sim.socket else None)
+
+
+def run(seeds, **how): return many(seeds, CORES, venue=through_ccxt, **how)
+
+
+def test_the_loop_trades_through_ccxt_in_bad_weather():
+    got = many(range(2000, 2005), venue=through_ccxt)
+    assert [repr(r) for r in got.broken] == []
+    assert got.orders >= 40 and len(got.faults) >= 15, got.as_dict()
+
+
+@pytest.mark.proof
+def test_many_seeds_hold_every_invariant(capsys):
+    got = run(range(1000, 1000 + int(os.environ.get("STRATFAM_CCXT_SEEDS", 60))))
+    with capsys.disabled(): print(f"\n{got.as_dict()}")
+    assert [repr(r) for r in got.broken] == []
+    assert got.as_dict()["doubled_orders"] == got.as_dict()["lost_orders"] == got.as_dict()["over_limit_orders"] == 0
+    assert len(set(KINDS) & set(got.faults)) >= 30
+
+
+def test_the_same_seed_gives_the_same_trace():
+    first, again = (simulate(2004, bars=8, venue=through_ccxt) for _ in range(2))
+    assert first.trace == again.trace and first.ok
+
+
+@pytest.mark.proof
+def test_over_a_real_socket():
+    "ccxt, our `requests` transport, and a server that may hang up."
+    got = run(range(7000, 7006), socket=True, bars=8)
+    assert [repr(r) for r in got.broken] == []
+
+
+def found(kinds, rate=0.3, seeds=range(12), bars=20):
+    for seed in seeds:
+        r = simulate(seed, under=Weather(seed, tuple(kinds), rate, bars), venue=through_ccxt)
+        if not r.ok: return r
+    return None
+
+
+# Planted bugs: what a thinner coat of paint over ccxt would get wrong.
+sent, history = CcxtVenue._sent, CcxtVenue._history
+
+
+def resent(self, o, params, urgent):
+    "Ask again when no answer came."
+    got = sent(self, o, params, urgent)
+    return sent(self, o, params, urgent) if got.kind == UNKNOWN else got
+
+
+def believed(self, o, params, urgent):
+    "No answer means no order."
+    got = sent(self, o, params, urgent)
+    return got if got.kind == ACK else Outcome(REFUSED, None, NotSent("no answer"))
+
+
+def optimistic(self, o, params, urgent):
+    "Whatever came back, it was sent."
+    got = sent(self, o, params, urgent)
+    return Outcome(ACK, got.payload) if got.kind == UNKNOWN else got
+
+
+def anonymous(self, o, params, urgent):
+    "ccxt makes an id of its own."
+    other = OrderRequest(o.symbol, o.side, o.quantity, "x" + o.client_id[3:], o.position_side, o.type, trigger=o.trigger)
+    return sent(self, other, params, urgent)
+
+
+def first_only(self, *a, **k): return history(self, *a, **k)[:1]
+
+LOST = ("timeout_after", "timeout_before", "error_after", "reset_after")
+NOTHING_ENDED = exchanges.Dialect(True, exchanges._weex_rights, lambda *_: [], exchanges._weex_quote)
+BUGS = [("resend", CcxtVenue, "_sent", resent, LOST), ("silence is a no", CcxtVenue, "_sent", believed, LOST),
+        ("silence is a yes", CcxtVenue, "_sent", optimistic, ("timeout_before", "error_before", "crash")),
+        ("no id of ours", CcxtVenue, "_sent", anonymous, LOST),
+        ("one row of history", CcxtVenue, "_history", first_only, LOST),
+        ("ended stops unread", exchanges, "DIALECTS", {"weex": NOTHING_ENDED}, LOST)]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("bug", BUGS, ids=lambda b: b[0])
+def test_planted_bugs_are_caught(bug, monkeypatch):
+    name, where, attribute, wrong, kinds = bug
+    assert found(kinds, seeds=range(2)) is None
+    monkeypatch.setattr(where, attribute, wrong)
+    assert found(kinds) is not None, f"{name}: not caught"
+
+
+# Reads: an answer that is broken is asked for again, and one that stays broken is an error, never an empty account.
+READS = {
+    "allPosition": lambda v: [(p.symbol, p.side, p.quantity, p.entry) for p in v.snapshot().positions],
+    "account/balance": lambda v: v.snapshot().wallet,
+    "v3/openOrders": lambda v: [o.order_id for o in v.snapshot().orders],
+    "openAlgoOrders": lambda v: [(o.order_id, o.trigger) for o in v.snapshot().orders],
+    "userTrades": lambda v: v.fills(0),
+    "order/history": lambda v: sorted((o.order_id, o.status) for o in v.orders(0)),
+    "allAlgoOrders": lambda v: sorted((o.order_id, o.status) for o in v.orders(0)),
+    "income": lambda v: v.funding(0),
+    "klines": lambda v: v.candles("BTCUSDT", "1h", 2),
+    "bookTicker": lambda v: v.quote("BTCUSDT").bid,
+    "exchangeInfo": lambda v: v.grids(["BTCUSDT"]),
+    "symbolConfig": lambda v: v.leverage("BTCUSDT", 2).kind,
+}
+BROKEN = ("html", "truncated", "wrong_type", "empty", "error_after", "timeout_after", "reset_after", "rate_limit_bare")
+
+
+def day():
+    t = np.datetime64("2024-01-01T00", "ns") + np.arange(30) * np.timedelta64(1, "h")
+    close = 40_000 + 100.0 * np.arange(30)[:, None] % 700
+    first = np.vstack([close[:1], close[:-1]])
+    funding = np.where((np.arange(30) % 8 == 7)[:, None], 1e-4, 0.0)
+    return Bars(t, "1h", first, np.maximum(first, close) + 20, np.minimum(first, close) - 20, close, np.full(close.shape, 50.0), funding,
+                np.ones(close.shape, bool), ("BTCUSDT",), "perp")
+
+
+def opened(holding=True):
+    "A venue with a position, a stop and a bill, in process; and its faults."
+    x = Exchange(day())
+    add_user(x, KEYS["apiKey"], KEYS["secret"], KEYS["password"], usdt=10_000)
+    env = Env(VirtualClock(int(day().time[3].astype("i8"))), np.random.default_rng(0))
+    env.transport = InProcessTransport(x, env.clock, FaultPlan(0))
+    v = CcxtVenue("weex", KEYS, env)
+    v.grids(["BTCUSDT"])
+    if not holding: return v, env.transport.door.faults
+    assert v.place(asked(1, "BUY", "LONG"), False).kind == ACK
+    assert v.protect(asked(2, "SELL", "LONG", type="STOP_MARKET", trigger=Decimal(30_000))).kind == ACK
+    env.clock.sleep(6 * 3600)
+    return v, env.transport.door.faults
+
+
+def asked(n, side, pos, quantity="0.02", **more): return OrderRequest("BTCUSDT", side, Decimal(quantity), f"sf{n:024x}", pos, **more)
+
+
+def dishonest():
+    "Reads that took a broken answer for an answer."
+    v, faults = opened()
+    for where, read in READS.items():
+        for kind in BROKEN:
+            for times in (1, 4):
+                v.env.clock.sleep(60 if kind.startswith("rate") else 0)
+                good = read(v)
+                for _ in range(times): faults.force(kind, where)
+                try: got = read(v)
+                except WeexError: got = good
+                faults.forced.clear()
+                if got not in (good, UNKNOWN): yield f"{where} {kind} {times}"
+
+
+def test_a_broken_answer_is_never_an_empty_account(): assert list(dishonest()) == []
+
+
+def test_without_the_seam_an_empty_answer_would_be_an_empty_account(monkeypatch):
+    monkeypatch.setattr(exchanges, "plausible", lambda got, now_ms: None)
+    assert any(d.startswith("allPosition") for d in dishonest())
+
+
+def test_a_refusal_that_names_another_order_proves_nothing():
+    v, faults = opened()
+    faults.force("soft_refusal", "v3/order", "POST")
+    assert v.place(asked(7, "BUY", "LONG", "99999"), False).kind == REFUSED
+    faults.force("swapped_reply", "v3/order", "POST")
+    got = v.place(asked(8, "SELL", "LONG", "0.01"), True)
+    assert got.kind == UNKNOWN and isinstance(got.error, Malformed)
+
+
+def test_several_requests_in_one_call_prove_nothing():
+    v, _ = opened()
+    create = v.ex.create_order
+
+    def twice(*args):
+        create(*args)
+        return create(args[0], "market", args[2], 99_999.0, None, {"clientOrderId": "sf" + "f" * 24})
+
+    v.ex.create_order = twice
+    assert v.place(asked(9, "SELL", "LONG", "0.01"), True).kind == UNKNOWN
+
+
+def test_hedge_mode_and_isolated_margin_are_refused(monkeypatch):
+    v, _ = opened(False)
+    monkeypatch.setattr(v.ex, "fetch_position_mode", lambda symbol: {"hedged": True})
+    with pytest.raises(ConfigError, match="one-way"): v.grids(["BTCUSDT"])
+    v.ex.set_margin_mode("isolated", v.markets["BTCUSDT"]["symbol"])
+    got = v.leverage("BTCUSDT", 2)
+    assert got.kind == REFUSED and "cross margin" in str(got.error)
+
+
+def test_keys_that_may_withdraw_and_keys_that_may_not_trade(monkeypatch):
+    v, _ = opened()
+    for rights, words in (((True, True), "may withdraw"), ((False, False), "may not trade")):
+        v.dialect = exchanges.Dialect(rights=lambda ex, found=rights: found)
+        with pytest.raises(PermissionDenied, match=words): v.check_key()
+
+
+def test_keys_do_not_show(caplog):
+    "Not in errors, not in ccxt's debug log, not in what the venue calls itself."
+    caplog.set_level(0)
+    v, faults = opened()
+    faults.force("timeout_after", "v3/order", "POST")
+    errors = [v.place(asked(n, "BUY", "LONG", q), False).error for n, q in ((11, "0.01"), (12, "99999"))]
+    v.ex.secret = "another"
+    with pytest.raises(AuthError) as e: v.snapshot()
+    shown = caplog.text + repr(v) + v.account + " ".join(map(str, [*errors, e.value]))
+    assert [w for w in KEYS.values() if w in shown] == []
+
+
+def test_a_served_exchange():
+    "The same venue over loopback: an order, a lost answer, a wrong key."
+    x = Exchange(day())
+    add_user(x, KEYS["apiKey"], KEYS["secret"], KEYS["password"], usdt=10_000)
+    with Server(x, speed=0, hang=0.2) as server:
+        server.advance(3 * 3600)
+        env = Env()
+        env.transport = RequestsTransport(env.clock, read_s=5.0)
+        v = CcxtVenue("weex", KEYS, env, base_url=server.url, paced=False)
+        v.sync()
+        assert v.check_key() is None and list(v.grids(["BTCUSDT"])) == ["BTCUSDT"] and v.place(asked(1, "BUY", "LONG"), False).kind == ACK
+        server.door.faults.force("timeout_after", "v3/order", "POST")
+        assert v.place(asked(2, "BUY", "LONG"), False).kind == UNKNOWN
+        assert {o.client_id for o in v.orders(0)} == {asked(n, "BUY", "LONG").client_id for n in (1, 2)}
+        assert v.snapshot().positions[0].quantity == Decimal("0.04")
+        wrong = CcxtVenue("weex", KEYS | {"secret": "wrong"}, env, base_url=server.url, paced=False)
+        with pytest.raises(AuthError): wrong.snapshot()
