@@ -243,7 +243,8 @@ def _enter_sandbox(self: CcxtVenue, ex: Any) -> None:
     if self.dialect.no_sandbox: raise ConfigError(f"{ex.id}: {self.dialect.no_sandbox}.")
     if "test" not in ex.urls: raise ConfigError(f"{ex.id} has no sandbox in ccxt {ccxt.__version__}; try the run on paper.")
     live = _pointed_at(ex.urls["api"])
-    ex.set_sandbox_mode(True)
+    try: ex.set_sandbox_mode(True)
+    except ccxt.NotSupported as e: raise ConfigError(f"{ex.id}: {e}. Try the run on paper.") from None
     if live & _pointed_at(ex.urls["api"]): raise ConfigError(f"the sandbox of {ex.id} shares an address with the live exchange; it is not used.")
 
 
