@@ -1,11 +1,17 @@
 """The loop on the venue `ccxt:weex`: ccxt's own class against our exchange, in the simulation's weather, on the virtual clock."""
+import dataclasses
+import json
 import os
 from decimal import Decimal
 
 import numpy as np
 import pytest
 
-from stratfam.core import Bars, ConfigError, Env, VirtualClock
+import stratfam.commands.trade  # noqa: F401  the command registers itself
+from stratfam.commands.base import run as command
+from stratfam.core import Bars, ConfigError, Env, ObservationSpec, VirtualClock
+from stratfam.data.worlds import make_world
+from stratfam.policies.base import Rule, save
 from stratfam.trading import exchanges
 from stratfam.trading.exchanges import CcxtVenue
 from stratfam.trading.simulate import KINDS, Weather, many, simulate
@@ -251,3 +257,25 @@ def test_a_served_exchange():
         assert v.snapshot().positions[0].quantity == Decimal("0.04")
         wrong = CcxtVenue("weex", KEYS | {"secret": "wrong"}, env, base_url=server.url, paced=False)
         with pytest.raises(AuthError): wrong.snapshot()
+
+
+def test_the_command_trades_through_ccxt(tmp_path, monkeypatch, capsys):
+    "`stratfam trade --venue ccxt:weex`: keys from the environment, no verdict no trade, a few bars under a waiver."
+    world = make_world("regime_drift", 60, 1, seed=3).bars
+    x = Exchange(dataclasses.replace(world, market="perp", symbols=("BTCUSDT",), funding=np.zeros(world.close.shape)))
+    add_user(x, KEYS["apiKey"], KEYS["secret"], KEYS["password"], usdt=10_000)
+    env = Env(VirtualClock(int(world.time[40].astype("i8")) + 600 * 10**9), np.random.default_rng(0))
+    env.transport = InProcessTransport(x, env.clock, FaultPlan(0))
+    monkeypatch.setattr(exchanges, "CcxtVenue", lambda exchange, keys, **how: CcxtVenue(exchange, keys, env, **how))
+    monkeypatch.setattr("stratfam.trading.loop.install_signals", lambda loop: None)
+    save(Rule(ObservationSpec(("return_24", "volatility_24")), "momentum", (("bars", 24), ("entry", 0.1))), tmp_path / "policy")
+    go = ["trade", str(tmp_path / "policy"), "--venue", "ccxt:weex", "--symbols", "BTCUSDT", "--step", "1h", "--bars", "8",
+          "--run", str(tmp_path / "run"), "--set", "notify.log=off", "--json"]
+    assert command(go) == 1 and "STRATFAM_SECRETS_EXCHANGE_API_KEY" in capsys.readouterr().err
+    for name, key in (("API_KEY", "apiKey"), ("API_SECRET", "secret"), ("PASSPHRASE", "password")):
+        monkeypatch.setenv(f"STRATFAM_SECRETS_EXCHANGE_{name}", KEYS[key])
+    assert command(go) == 1 and "No verdict, no trade" in capsys.readouterr().err
+    assert command([*go, "--waiver", "a drill against the simulated exchange"]) == 0
+    book = json.loads(capsys.readouterr().out)
+    assert book["decisions"] == 8 and book["fills"] > 0 and all(o.endswith("ACK") for o in book["open_orders"]), book
+    assert not any(k in (tmp_path / "run" / "events.jsonl").read_text() for k in KEYS.values())

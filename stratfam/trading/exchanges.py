@@ -196,9 +196,9 @@ class CcxtVenue:
         self.limiter = RateLimiter(self.env, {})
         self.seam = Seam(self.env, self.env.transport or RequestsTransport(self.env.clock), self.limiter, self.now_ms)
         self.ex = self._connected(exchange, keys, base_url)
-        words = [keys.get(n) or "-" for n in ("apiKey", "secret", "password")]
-        self.redact = Credentials(*words).redact if len(words[0]) > 1 else str
-        self.account = f"{self.name}{' sandbox' if sandbox else ''} {digest(words[0])[:8]}"
+        words = list(keys.values())
+        self.redact = Credentials(*(words * 3)[:3]).redact
+        self.account = f"{self.name}{' sandbox' if sandbox else ''} {digest(keys.get('apiKey', words[0]))[:8]}"
         self.retry = tenacity.Retrying(stop=tenacity.stop_after_attempt(attempts), wait=self._backoff, sleep=self.env.clock.sleep,
                                        retry=tenacity.retry_if_exception(lambda e: isinstance(e, WeexError) and e.retryable), reraise=True)
         self.markets: dict[str, Mapping] = {} # House symbol -> ccxt market
