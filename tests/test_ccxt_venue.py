@@ -19,6 +19,7 @@ from stratfam.trading.venues import PAPER
 from stratfam.weex.client import OrderRequest
 from stratfam.weex.exchange import Exchange, add_user
 from stratfam.weex.gateway import FaultPlan, InProcessTransport
+from stratfam.weex.replies import Receipt
 from stratfam.weex.server import Server
 from stratfam.weex.wire import ACK, REFUSED, UNKNOWN, AuthError, Malformed, NotSent, Outcome, PermissionDenied, RequestsTransport, WeexError
 
@@ -76,7 +77,7 @@ def found(kinds, rate=0.3, seeds=range(12), bars=20):
 
 
 # Planted bugs: what a thinner coat of paint over ccxt would get wrong.
-sent, history = CcxtVenue._sent, CcxtVenue._history
+sent, history, fills = CcxtVenue._sent, CcxtVenue._history, CcxtVenue.fills
 
 
 def resent(self, o, params, urgent):
@@ -103,15 +104,22 @@ def anonymous(self, o, params, urgent):
     return sent(self, other, params, urgent)
 
 
-def first_only(self, *a, **k): return history(self, *a, **k)[:1]
+def first_only(self, *args, **more): return history(self, *args, **more)[:1]
+def last_only(self, since_ms): return fills(self, since_ms)[-1:]
+def any_receipt(got, client_id=""): return Receipt(str(got.get("id") or "0"), "")
+
+
+def opening_stop(self, order):
+    "A trigger that may open."
+    return sent(self, order, {"triggerPrice": float(order.trigger)}, True)
+
 
 LOST = ("timeout_after", "timeout_before", "error_after", "reset_after")
-NOTHING_ENDED = exchanges.Dialect(True, exchanges._weex_rights, lambda *_: [], exchanges._weex_quote)
 BUGS = [("resend", CcxtVenue, "_sent", resent, LOST), ("silence is a no", CcxtVenue, "_sent", believed, LOST),
         ("silence is a yes", CcxtVenue, "_sent", optimistic, ("timeout_before", "error_before", "crash")),
-        ("no id of ours", CcxtVenue, "_sent", anonymous, LOST),
-        ("one row of history", CcxtVenue, "_history", first_only, LOST),
-        ("ended stops unread", exchanges, "DIALECTS", {"weex": NOTHING_ENDED}, LOST)]
+        ("no id of ours", CcxtVenue, "_sent", anonymous, LOST), ("one row of history", CcxtVenue, "_history", first_only, LOST),
+        ("one fill of many", CcxtVenue, "fills", last_only, LOST), ("any receipt is ours", exchanges, "_receipt", any_receipt, ("swapped_reply",)),
+        ("a stop that may open", CcxtVenue, "protect", opening_stop, ("refused", "gap"))]
 
 
 @pytest.mark.proof
