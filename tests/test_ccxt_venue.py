@@ -3,13 +3,14 @@ import dataclasses
 import json
 import os
 from decimal import Decimal
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
 
 import stratfam.commands.trade  # noqa: F401  the command registers itself
 from stratfam.commands.base import run as command
-from stratfam.core import Bars, ConfigError, Env, ObservationSpec, VirtualClock
+from stratfam.core import Bars, ConfigError, Env, ObservationSpec, Response, VirtualClock
 from stratfam.data.worlds import make_world
 from stratfam.policies.base import Rule, save
 from stratfam.trading import exchanges
@@ -287,3 +288,80 @@ def test_the_command_trades_through_ccxt(tmp_path, monkeypatch, capsys):
     book = json.loads(capsys.readouterr().out)
     assert book["decisions"] == 8 and book["fills"] > 0 and all(o.endswith("ACK") for o in book["open_orders"]), book
     assert not any(k in (tmp_path / "run" / "events.jsonl").read_text() for k in KEYS.values())
+
+
+# Another dialect: the calls of Binance's USDT futures, answered as that exchange documents them.
+NOW = 1_700_000_000_000
+BINANCE_ORDER = {"orderId": 77, "symbol": "BTCUSDT", "status": "NEW", "price": "0", "avgPrice": "0.00", "origQty": "0.010", "executedQty": "0",
+                 "cumQuote": "0", "timeInForce": "GTC", "type": "MARKET", "reduceOnly": False, "side": "SELL", "positionSide": "BOTH",
+                 "stopPrice": "0", "origType": "MARKET", "updateTime": NOW - 5000, "time": NOW - 5000}
+BINANCE = {
+    "GET /fapi/v1/time": {"serverTime": NOW},
+    "GET /fapi/v1/exchangeInfo": {"symbols": [{
+        "symbol": "BTCUSDT", "pair": "BTCUSDT", "contractType": "PERPETUAL", "status": "TRADING", "baseAsset": "BTC", "quoteAsset": "USDT",
+        "marginAsset": "USDT", "pricePrecision": 2, "quantityPrecision": 3, "orderTypes": ["LIMIT", "MARKET"], "filters": [
+            {"filterType": "PRICE_FILTER", "minPrice": "556.80", "maxPrice": "4529764", "tickSize": "0.10"},
+            {"filterType": "LOT_SIZE", "stepSize": "0.001", "maxQty": "1000", "minQty": "0.001"},
+            {"filterType": "MARKET_LOT_SIZE", "stepSize": "0.001", "maxQty": "120", "minQty": "0.001"},
+            {"filterType": "MIN_NOTIONAL", "notional": "100"}]}]},
+    "GET /fapi/v1/leverageBracket": [{"symbol": "BTCUSDT", "brackets": [
+        {"bracket": 1, "initialLeverage": 125, "notionalCap": 50000, "notionalFloor": 0, "maintMarginRatio": 0.004, "cum": 0.0}]}],
+    "GET /fapi/v1/positionSide/dual": {"dualSidePosition": False},
+    "POST /fapi/v1/leverage": {"leverage": 2, "maxNotionalValue": "1000000", "symbol": "BTCUSDT"},
+    "GET /fapi/v1/symbolConfig": [{"symbol": "BTCUSDT", "marginType": "CROSSED", "leverage": 2, "maxNotionalValue": "1000000"}],
+    "GET /fapi/v3/positionRisk": [{
+        "symbol": "BTCUSDT", "positionSide": "BOTH", "positionAmt": "-0.010", "entryPrice": "40000.0", "markPrice": "40100.0",
+        "unRealizedProfit": "-1.0", "liquidationPrice": "90000", "isolatedMargin": "0", "notional": "-401", "marginAsset": "USDT",
+        "isolatedWallet": "0", "initialMargin": "200", "maintMargin": "2", "updateTime": NOW - 1000}],
+    "GET /fapi/v3/account": {"assets": [{"asset": "USDT", "walletBalance": "1000.5", "unrealizedProfit": "-1.0", "marginBalance": "999.5",
+                                         "initialMargin": "0", "availableBalance": "900", "updateTime": NOW - 1000}], "positions": []},
+    "GET /fapi/v1/openOrders": [],
+    "GET /fapi/v1/userTrades": [{"id": 9, "orderId": 77, "symbol": "BTCUSDT", "side": "SELL", "price": "40000.0", "qty": "0.010", "quoteQty": "400.0",
+                                 "commission": "0.0004", "commissionAsset": "BNB", "maker": False, "positionSide": "BOTH", "time": NOW - 4000}],
+    "GET /fapi/v1/allOrders": [BINANCE_ORDER | {"status": "FILLED", "executedQty": "0.010", "avgPrice": "40000", "clientOrderId": f"sf{1:024x}"}],
+    "GET /fapi/v1/depth": {"lastUpdateId": 1, "E": NOW, "T": NOW, "bids": [["40000.0", "1"]], "asks": [["40000.1", "1"]]},
+    "GET /sapi/v1/account/apiRestrictions": {"enableFutures": True, "enableWithdrawals": False},
+}
+
+
+class Documented:
+    "Answers as documented; what is asked is remembered."
+    def __init__(self): self.asked = []
+
+    def send(self, method, url, headers, body):
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query or body.decode()))
+        self.asked.append((method, parts.path, query))
+        if method == "POST" and parts.path == "/fapi/v1/order": return self.answer(BINANCE_ORDER | {"clientOrderId": query["newClientOrderId"]})
+        if parts.path == "/fapi/v1/income": return self.answer(self.income("incomeType" in query))
+        return self.answer(BINANCE[f"{method} {parts.path}"])
+
+    def answer(self, value): return Response(200, {}, json.dumps(value).encode())
+
+    def income(self, funding_only):
+        rows = [{"symbol": "BTCUSDT", "incomeType": "FUNDING_FEE", "income": "-0.375", "asset": "USDT", "time": NOW - 3000, "tranId": "11"},
+                {"symbol": "", "incomeType": "TRANSFER", "income": "-12.0", "asset": "USDT", "time": NOW - 2000, "tranId": "12"}]
+        return rows[:1] if funding_only else rows
+
+
+def test_the_words_of_another_exchange():
+    env = Env(VirtualClock(NOW * 10**6), np.random.default_rng(0), Documented())
+    v = CcxtVenue("binanceusdm", {"apiKey": "some-key", "secret": "some-secret"}, env, paced=False)
+    assert v.sync() == 0 and v.check_key() is None and not v.stops
+    g = v.grids(["BTCUSDT"])["BTCUSDT"]
+    assert (g.step, g.tick, g.min_notional, g.max_qty) == tuple(map(Decimal, ("0.001", "0.1", "100", "120")))
+    assert v.leverage("BTCUSDT", 2).kind == ACK and v.quote("BTCUSDT").time_ms == NOW
+    s = v.snapshot()
+    assert s.wallet == Decimal("1000.5")  # Settled money: ccxt's own total would be 999.5 and move with every price
+    assert [(p.side, p.quantity, p.updated_ms) for p in s.positions] == [("SHORT", Decimal("0.01"), NOW - 1000)]
+    (f,) = v.fills(NOW - 86_400_000)
+    assert (f.fill_id, f.fee_asset, f.fee) == ("BTCUSDT 9", "BNB", 0)
+    assert [(o.client_id, o.status) for o in v.orders(NOW - 86_400_000)] == [(f"sf{1:024x}", "FILLED")]
+    assert [(b.kind, b.amount) for b in v.funding(NOW - 86_400_000)] == [("funding", Decimal("-0.375")), ("transfer", Decimal(-12))]
+    got = v.place(asked(3, "BUY", "SHORT", "0.01"), True)
+    assert got.kind == ACK, got.error
+    method, path, sent = env.transport.asked[-1]
+    assert (sent["newClientOrderId"], sent["reduceOnly"], sent["quantity"], sent["type"]) == (f"sf{3:024x}", "true", "0.01", "MARKET")
+    assert all("symbol" in q for m, p, q in env.transport.asked if p.endswith(("openOrders", "userTrades", "allOrders")))
+    shut = v.close_all("BTCUSDT")
+    assert shut.kind == REFUSED and isinstance(shut.error, NotSent)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'UNREADABLE', 'Rights', 'DIALECTS', 'NEEDED', 'HISTORIES', 'QUIET', 'OUR_ID', 'STATES', 'plausible', 'Seam',
-           'as_requests', 'house_error', 'Dialect', 'history_calls', 'missing', 'CcxtVenue', 'exact', 'our_id',
-           'position_side']
+           'as_requests', 'house_error', 'Dialect', 'history_calls', 'missing', 'CcxtVenue', 'Unsendable', 'exact',
+           'our_id', 'position_side']
 
 # %% ../../nbs/trading/18_exchanges.ipynb #c1b654e9
 import http.client
@@ -274,6 +274,11 @@ CcxtVenue._feature, CcxtVenue._holds_stops = _feature, _holds_stops
 # %% ../../nbs/trading/18_exchanges.ipynb #9d08d352
 OUR_ID = re.compile(r"sf[0-9a-f]{24}")
 
+class Unsendable(NotSent):
+    "ccxt would not even make the request: asking again helps as little."
+    retryable = False
+
+
 def _once(self: CcxtVenue, ask: Callable[[], Any], # One ccxt call
           about: str = "", # Client id of the order it is about
           urgent: bool = False, patience: float = 60.0) -> Any: # Seconds it may wait while the exchange wants us quiet
@@ -284,13 +289,18 @@ def _once(self: CcxtVenue, ask: Callable[[], Any], # One ccxt call
     last, error = self.seam.last, house_error(found, self.seam.last.status if self.seam.last else 0)
     if isinstance(found, ccxt.ExchangeError) and last and self.dialect.refusal: error = self.dialect.refusal(parse_json(last.body)) or error
     if not isinstance(found, WeexError):
-        if not self.seam.sent: error = NotSent(f"{type(found).__name__}: {found}")
+        if not self.seam.sent: error = Unsendable(f"{type(found).__name__}: {found}")
         elif isinstance(error, RateLimited): self.limiter.punish(error)
     if error.proof and self.seam.sent > 1: error = Ambiguous(f"the last of {self.seam.sent} requests failed: {error}")
     if error.proof and about and last and set(OUR_ID.findall(last.body.decode(errors="replace"))) - {about}:
         error = Malformed("the refusal belongs to another order.")
+    raise self._own(error) from None
+
+
+def _own(self: CcxtVenue, error: WeexError) -> WeexError:
+    "An error in the name of this exchange, without our keys."
     error.args = (self.redact(str(error)).replace("WEEX refused", f"{self.ex.id} refused"),)
-    raise error from None
+    return error
 
 # %% ../../nbs/trading/18_exchanges.ipynb #9b926fc1
 def _read(self: CcxtVenue, ask: Callable[[], Any]) -> Any: # Parsed inside `ask`, so that an unreadable answer is asked for again
@@ -314,7 +324,7 @@ def _sync(self: CcxtVenue, probes: int = 3) -> int: # Milliseconds to add to our
     return self.offset_ms
 
 
-CcxtVenue._once, CcxtVenue._read, CcxtVenue.sync = _once, _read, _sync
+CcxtVenue._once, CcxtVenue._own, CcxtVenue._read, CcxtVenue.sync = _once, _own, _read, _sync
 
 # %% ../../nbs/trading/18_exchanges.ipynb #25838acf
 def exact(v: Any) -> Decimal: # From the shortest text that means this number
@@ -337,7 +347,7 @@ def _load(self: CcxtVenue) -> None:
 def _market(self: CcxtVenue, symbol: str) -> Mapping:
     "The ccxt market of a house symbol."
     if not self.markets: self._load()
-    if symbol not in self.markets: raise UnknownSymbol(f"{symbol} is not listed at {self.ex.id}.")
+    if symbol not in self.markets: raise self._own(UnknownSymbol(f"{symbol} is not listed."))
     return self.markets[symbol]
 
 # %% ../../nbs/trading/18_exchanges.ipynb #59f53626
@@ -381,8 +391,8 @@ def _check_key(self: CcxtVenue) -> None:
         raise ConfigError(f"{self.ex.id} does not tell through ccxt whether this key may withdraw. Look it up in your account there, take that "
                           "permission away, try the run on its sandbox first, and then start with --key-checked.")
     trade, withdraw = self._read(lambda: self.dialect.rights(self.ex))
-    if not trade: raise PermissionDenied(f"this key may not trade perpetuals at {self.ex.id}. Allow it, and nothing else.")
-    if withdraw: raise PermissionDenied(f"this key may withdraw, or {self.ex.id} does not say that it may not. Make one that may trade and no more.")
+    if not trade: raise self._own(PermissionDenied("this key may not trade perpetuals. Allow it, and nothing else."))
+    if withdraw: raise self._own(PermissionDenied("this key may withdraw, or nobody says that it may not. Make one that may trade and no more."))
 
 
 CcxtVenue.check_key = _check_key
@@ -503,7 +513,9 @@ CcxtVenue._position, CcxtVenue._order, CcxtVenue._fill, CcxtVenue._fee = _positi
 def _named(self: CcxtVenue, method: str) -> list[str | None]: # [None] = all at once
     "What to ask a list for."
     if not self.markets: self._load()
-    if not self._feature(method, "symbolRequired", True): return [None]
+    about = self.ex.options.get(method)
+    dear = isinstance(about, dict) and about.get("warnWithoutSymbol") # ccxt advises against it: it weighs as much as forty
+    if not dear and not self._feature(method, "symbolRequired", True): return [None]
     return [self._market(s)["symbol"] for s in self.symbols]
 
 
@@ -516,8 +528,8 @@ def _page(self: CcxtVenue, symbol: str | None, params: dict) -> list[Order]:
 
 
 def _working(self: CcxtVenue) -> list[Order]:
-    "Every working order and every conditional one that waits."
-    kinds = ({}, {"trigger": True}) if self._feature("fetchOpenOrders", "trigger", False) else ({},)
+    "Every working order and, where stops rest at the exchange, every conditional one that waits."
+    kinds = ({}, {"trigger": True}) if self.stops else ({},)
     found = [o for s in self._named("fetchOpenOrders") for params in kinds for o in self._read(lambda s=s, p=params: self._page(s, dict(p)))]
     return list({o.order_id: o for o in found}.values())
 
@@ -641,7 +653,7 @@ def _protect(self: CcxtVenue, order: OrderRequest) -> Outcome: # ACK with a `Rec
 # %% ../../nbs/trading/18_exchanges.ipynb #7ce9651d
 def _cancel(self: CcxtVenue, order: Order) -> Outcome:
     "Cancel a working or conditional order."
-    waits = bool(order.trigger) and self._feature("fetchOpenOrders", "trigger", False)
+    waits = bool(order.trigger) and self.stops
     ask = lambda: self.ex.cancel_order(order.order_id, self._market(order.symbol)["symbol"], {"trigger": True} if waits else {})
     done = lambda: Receipt(str(ask().get("id") or ""), order.client_id)
     return outcome_of(lambda: self._once(done, "", True, URGENT_PATIENCE))
