@@ -85,7 +85,7 @@ def test_cells_are_named_by_all_they_depend_on():
 
 
 def test_the_plan_is_balanced_and_covers_each_draw_once():
-    cells = lab.plan_cells((*lab.NO_EDGE, *lab.PLANTED), {"none": 100, "planted": 60}, 30, longest={"placebo": 2})
+    cells = lab.plan_cells((*lab.NO_EDGE, *lab.PLANTED), {"none": 100, "planted": 60}, dict.fromkeys(("none", "planted"), 30), longest={"placebo": 2})
     for m in lab.NO_EDGE:
         seeds = [s for c in cells if c.market == m and max(c.years) == 2 and c.first < 1_000_000 for s in range(c.first, c.first + c.count)]
         assert sorted(seeds) == list(range(100)), m.name

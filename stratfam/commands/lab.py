@@ -48,12 +48,22 @@ def _hours(cells: Any) -> float:
     "Processor time, from 25 ms a year of a draw."
     return sum(c.count * (max(c.years) + sum(c.years)) for c in cells) * 0.0125 / 3600
 
+# %% ../../nbs/commands/08_lab.ipynb #1e3e336a
+def _about(draws: int, planted: int, short: int, jobs: int, data: Path | None, symbols: str | None, source: Any) -> dict[str, str]:
+    "Command, bars and machine of a lab."
+    import platform
+    real = f" --data {data.name}" + (f" --symbols {symbols}" if symbols else "") if data else ""
+    return {"command": f"stratfam lab --draws {draws} --planted {planted}" + (f" --short {short}" if short else "") + real,
+            "real": "none: crypto-like bars" if source is None else f"daily bars of {', '.join(source.symbols)}, "
+                    f"{str(source.time[0])[:10]} to {str(source.time[-1])[:10]}",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs or os.cpu_count()} of them used, Python {platform.python_version()}"}
+
 # %% ../../nbs/commands/08_lab.ipynb #8de4d265
 @app.command()
 def lab(folder: Annotated[Path, typer.Option("--folder", help="Where finished cells are kept.")] = Path("studies/lab"),
-        draws: Annotated[int, typer.Option("--draws", min=1, help="Two-year draws of each market without edge.")] = 1000,
-        planted: Annotated[int, typer.Option("--planted", min=1, help="Two-year draws of each planted edge.")] = 200,
-        long: Annotated[int, typer.Option("--long", min=0, help="Further draws of each, judged after 1, 2 and 4 years.")] = 50,
+        draws: Annotated[int, typer.Option("--draws", min=2, help="Draws of each market without edge, judged after 1, 2 and 4 years.")] = 1000,
+        planted: Annotated[int, typer.Option("--planted", min=2, help="The same of each planted edge.")] = 250,
+        short: Annotated[int, typer.Option("--short", min=0, help="Further draws of each market without edge, judged after 2 years.")] = 0,
         jobs: Annotated[int, typer.Option("--jobs", help="Processes; 0: one a core.")] = 1,
         data: Annotated[Path | None, typer.Option("--data", help="Real bars for the bootstrap and the placebo.")] = None,
         symbols: Symbols = None,
@@ -69,17 +79,17 @@ def lab(folder: Annotated[Path, typer.Option("--folder", help="Where finished ce
     from stratfam.commands.study import watch
     from stratfam.core import SystemClock, write_atomic
     from stratfam.validation import lab as room
-    if quick: draws, planted, long = min(draws, 25), min(planted, 10), min(long, 2)
+    if quick: draws, planted, short = min(draws, 10), min(planted, 5), 0
     source = None if data is None else room.real_daily(data, names_of(symbols))
-    each = {"none": draws, "market": draws, "latent": planted, "planted": planted}
-    cells = room.plan_cells((*room.NO_EDGE, *room.OTHERS, *room.PLANTED), each, long, longest=_longest(source, room.WARMUP))
+    all_years, two_years = ({k: n for k in ("none", "market", "latent")} for n in (draws, short))
+    cells = room.plan_cells((*room.NO_EDGE, *room.OTHERS, *room.PLANTED), two_years, all_years | {"planted": planted},
+                            longest=_longest(source, room.WARMUP))
     say = lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
     say(f"{sum(c.count for c in cells):,} draws in {len(cells)} cells, about {_hours(cells):.1f} hours of one core")
     tell, stop = watch(SystemClock().monotonic, say)
-    try: room.run_lab(folder, cells, jobs or os.cpu_count() or 1, source, tell, until=60 * minutes if minutes else float("inf"))
+    try: room.run_lab(folder, cells, jobs or os.cpu_count() or 1, source, tell, until=float("inf") if minutes is None else 60 * minutes)
     finally: stop()
-    said = f"stratfam lab --draws {draws} --planted {planted} --long {long}" + (f" --data {data.name} --symbols {symbols}" if data else "")
-    result = room.summary(folder, about={"command": said, "real": repr(source) if source is not None else "none: crypto-like bars"})
+    result = room.summary(folder, about=_about(draws, planted, short, jobs, data, symbols, source))
     path = out or folder / "lab.json"
     write_atomic(path, json.dumps(result, allow_nan=False) + "\n")
     show(result, as_json, f"{lab_text(result)}\n\nResult: {path}")
