@@ -55,7 +55,7 @@ def family_of(names: Sequence[str] = tuple(FAMILY)) -> dict[str, Fit]:
 
 # %% ../../nbs/validation/13_agents.ipynb #2d6aba91
 MARKETS = (Market("gbm", "none", "gbm"), Market("garch", "none", "garch"),
-           Market("momentum", "planted", "momentum", (("edge", 12.0), ("half_life", 10.0)), fee=FEE, slippage_bps=SLIPPAGE))
+           Market("momentum", "planted", "momentum", (("edge", 10.0), ("half_life", 10.0)), fee=FEE, slippage_bps=SLIPPAGE))
 STEP, SYMBOLS, DAYS, SPLITS = "4h", 2, 366, 3
 
 def agents_task(m: Market, seed: int, days: int = DAYS) -> Task:
