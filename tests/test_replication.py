@@ -86,16 +86,17 @@ def test_the_shipped_result_says_what_it_is():
 
 @needs_closes
 def test_it_is_the_papers_market():
-    "Rows as published; the shipped result's account of holding again, to the last digit."
+    "Rows as published; the shipped result's accounts of the rules again, to the last digit."
     from stratfam.data.store import load_bars
     whole, cut = rep.paper_task(load_bars(SHARED))
     m = rep._market(whole, cut)
     assert (cut, m["train_rows"], m["test_rows"]) == (25_000, 24_999, 16_704)
     said = rep.read_result(templates() / rep.RESULT)
     assert m == said["market"]
-    mine, theirs = rep.on_test(rep.baseline("buy_and_hold"), whole, cut)[0], said["bystanders"]["buy_and_hold"]
-    np.testing.assert_allclose([mine[k] for k in ("ret", "vol", "max_drawdown")], [theirs[k] for k in ("ret", "vol", "max_drawdown")], rtol=1e-9)
-    np.testing.assert_allclose(mine["risk_off"]["ret"], theirs["risk_off"]["ret"], rtol=1e-9)
+    for rule in ("buy_and_hold", "equal_weight"):
+        mine, theirs = rep.on_test(rep.baseline(rule), whole, cut)[0], said["bystanders"][rule]
+        np.testing.assert_allclose([mine[k] for k in ("ret", "vol", "max_drawdown")], [theirs[k] for k in ("ret", "vol", "max_drawdown")], rtol=1e-9)
+        np.testing.assert_allclose(mine["risk_off"]["ret"], theirs["risk_off"]["ret"], rtol=1e-9)
 
 
 @pytest.mark.proof
