@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -11,6 +12,19 @@ config.read(root / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 extras = {key.removesuffix("_requirements"): shlex.split(value)
           for key, value in cfg.items() if key.endswith("_requirements")}
+
+
+class WithReports(build_py):
+    "Puts the report templates and the measured results into the package, where `reporting.templates` looks first."
+    def run(self):
+        super().run()
+        if self.editable_mode: return
+        for folder in ("templates", "results"):
+            for source in sorted((root / "reports" / folder).glob("*.*")):
+                target = Path(self.build_lib) / cfg["lib_path"] / folder / source.name
+                self.mkpath(str(target.parent))
+                self.copy_file(str(source), str(target))
+
 
 setup(
     name=cfg["lib_name"],
@@ -25,6 +39,7 @@ setup(
     url=cfg["git_url"],
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     include_package_data=True,
+    cmdclass={"build_py": WithReports},
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
     extras_require=extras,

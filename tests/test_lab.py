@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from stratfam import reporting
 from stratfam.core import ACCEPT, ConfigError, DataError
 from stratfam.market.account import Costs
-from stratfam.validation import lab
+from stratfam.validation import agents, lab
 from stratfam.validation.verdict import decide, draws, measure
 
 RESULT = reporting.templates().parent / "results" / "lab.json"
@@ -85,12 +85,24 @@ def test_cells_are_named_by_all_they_depend_on():
 
 
 def test_the_plan_is_balanced_and_covers_each_draw_once():
-    cells = lab.plan_cells((*lab.NO_EDGE, *lab.PLANTED), {"none": 100, "planted": 60}, 30, longest={"placebo": 2})
+    cells = lab.plan_cells((*lab.NO_EDGE, *lab.PLANTED), {"none": 100, "planted": 60}, dict.fromkeys(("none", "planted"), 30), longest={"placebo": 2})
     for m in lab.NO_EDGE:
         seeds = [s for c in cells if c.market == m and max(c.years) == 2 and c.first < 1_000_000 for s in range(c.first, c.first + c.count)]
         assert sorted(seeds) == list(range(100)), m.name
     assert not [c for c in cells if c.market.name == "placebo" and max(c.years) > 2]
     assert [c.market for c in cells[:10]] == [*lab.NO_EDGE]
+
+
+def test_draws_that_are_made_again_count_once_and_the_younger_are_right(tmp_path):
+    cell, stricter = lab.Cell(MARKET["gbm"], (2,), 0, 2), dataclasses.replace(lab.RULE, reject_z=0.0)
+    lab.run_lab(tmp_path, [cell])
+    lab.run_lab(tmp_path, [cell], rule=stricter)
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+    (rows,) = lab.load_lab(tmp_path)
+    assert rows.seed.tolist() == [0, 1]
+    with np.load(tmp_path / lab.cell_name(cell, rule=stricter)) as young, np.load(tmp_path / lab.cell_name(cell)) as old:
+        assert_array_equal(rows.decision[:, 1], young["decision"][:, 0])
+        assert (young["decision"] != old["decision"]).any(), "the two must differ for this to prove anything"
 
 
 def test_an_edge_out_of_reach_is_refused():
@@ -138,6 +150,19 @@ def test_a_leak_of_one_day_is_found_at_once():
         x = lab.family_returns(bars, np.ascontiguousarray(early), Costs(taker=0.0006, maker=0.0006))
         t = lab.table_of(x, np.diff(bars.close, axis=0)[lab.WARMUP - 1:].mean(axis=1))
         assert lab.judge_family(t, lab.Boots(t, seed, lab.RULE), c, np.full(200, 100)).decision == 1
+
+
+@pytest.mark.proof
+def test_learners_find_a_planted_edge_and_are_not_believed_on_noise(tmp_path):
+    "Two real learners and a rule on one draw of each market; the members that learn earn on the planted one, out of sample."
+    names = ("ppo, shared", "ridge", "trend")
+    agents.run_agents(tmp_path, 1, names=names)
+    kept = agents.agents_summary(tmp_path)
+    said = {r["market"]: r for r in kept["records"]}
+    assert list(said) == ["gbm", "garch", "momentum"] and kept["draws"] == 3
+    assert min(said["momentum"]["true"][k] for k in ("ppo, shared", "ridge")) > 2.0, said["momentum"]["true"]
+    assert said["momentum"]["nominal"]["best"] == [1, 1] and said["momentum"]["rejected"] == 0.0
+    for fair in ("gbm", "garch"): assert said[fair]["nominal"]["verdict"] == [0, 0]
 
 
 @pytest.mark.proof

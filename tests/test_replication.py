@@ -1,6 +1,8 @@
 """The re-analysis of arXiv 2209.05559: the same market as the paper's, a run that resumes, and a shipped result that renders."""
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,16 +86,17 @@ def test_the_shipped_result_says_what_it_is():
 
 @needs_closes
 def test_it_is_the_papers_market():
-    "Rows as published; the shipped result's account of holding again, to the last digit."
+    "Rows as published; the shipped result's accounts of the rules again, to the last digit."
     from stratfam.data.store import load_bars
     whole, cut = rep.paper_task(load_bars(SHARED))
     m = rep._market(whole, cut)
     assert (cut, m["train_rows"], m["test_rows"]) == (25_000, 24_999, 16_704)
     said = rep.read_result(templates() / rep.RESULT)
     assert m == said["market"]
-    mine, theirs = rep.on_test(rep.baseline("buy_and_hold"), whole, cut)[0], said["bystanders"]["buy_and_hold"]
-    np.testing.assert_allclose([mine[k] for k in ("ret", "vol", "max_drawdown")], [theirs[k] for k in ("ret", "vol", "max_drawdown")], rtol=1e-9)
-    np.testing.assert_allclose(mine["risk_off"]["ret"], theirs["risk_off"]["ret"], rtol=1e-9)
+    for rule in ("buy_and_hold", "equal_weight"):
+        mine, theirs = rep.on_test(rep.baseline(rule), whole, cut)[0], said["bystanders"][rule]
+        np.testing.assert_allclose([mine[k] for k in ("ret", "vol", "max_drawdown")], [theirs[k] for k in ("ret", "vol", "max_drawdown")], rtol=1e-9)
+        np.testing.assert_allclose(mine["risk_off"]["ret"], theirs["risk_off"]["ret"], rtol=1e-9)
 
 
 @pytest.mark.proof
@@ -112,3 +115,15 @@ def test_a_learner_goes_all_the_way(bars, tmp_path, learner):
     assert row["trials"] == 2 and row["failed"] == 0 and row["steps"] == 2_048 and len(row["test"]) == 3
     assert len({r["ret"] for r in row["test"]}) == 3, "seeds differ"
     assert all(r["risk_off"]["exposure"] <= r["exposure"] + 1e-9 for r in row["test"])
+
+
+@pytest.mark.proof
+def test_an_installed_copy_has_its_templates_and_results(tmp_path):
+    "What setup.py puts into a wheel is found from there, and by nobody's checkout."
+    lib, parts = tmp_path / "lib", (templates(), templates().parent / "results")
+    build = ["-q", "egg_info", "-e", str(tmp_path), "build", "-b", str(tmp_path / "build"), "--build-lib", str(lib)]
+    subprocess.run([sys.executable, "setup.py", *build], cwd=templates().parents[1], check=True, capture_output=True)
+    ask = "from stratfam.reporting import templates as t; print(t())"
+    run = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(lib)}, capture_output=True, text=True)
+    assert run.stdout.strip() == str(lib / "stratfam" / "templates"), run.stderr
+    for part in parts: assert {p.name for p in part.glob("*.*")} == {p.name for p in (lib / "stratfam" / part.name).iterdir()}

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WARMUP', 'GROSS', 'HOLD_DAYS', 'LOOKS', 'KINDS', 'FAMILIES', 'RULE', 'CUT', 'BLOCKS', 'FOLDS', 'TRAIN_SHARE',
-           'SCORES', 'NOMINAL', 'LABEL', 'SYMBOLS', 'STEP', 'FEE', 'SLIPPAGE', 'SHORT', 'LONG', 'NO_EDGE', 'OTHERS',
-           'SHAPES', 'EDGES', 'PLANTED', 'CALIBRATIONS', 'columns', 'rule_signals', 'coin_signals', 'family_returns',
-           'Resamples', 'resampled', 'Table', 'table_of', 'Boots', 'Judged', 'judge_family', 'Market', 'planted',
-           'Cell', 'simulate', 'true_sharpes', 'edge_for', 'run_cell', 'cell_name', 'plan_cells', 'real_daily',
-           'run_lab', 'Rows', 'load_lab', 'bounds', 'records', 'rates', 'thresholds', 'held_out', 'duel', 'trade_off',
-           'bars_met', 'summary']
+           'SCORES', 'RULES', 'NOMINAL', 'LABEL', 'SYMBOLS', 'STEP', 'FEE', 'SLIPPAGE', 'SHORT', 'LONG', 'NO_EDGE',
+           'OTHERS', 'SHAPES', 'EDGES', 'PLANTED', 'NULLS', 'CALIBRATIONS', 'columns', 'rule_signals', 'coin_signals',
+           'family_returns', 'Resamples', 'resampled', 'Table', 'table_of', 'Boots', 'Judged', 'judge_family', 'Market',
+           'planted', 'Cell', 'simulate', 'true_sharpes', 'edge_for', 'run_cell', 'cell_name', 'plan_cells',
+           'real_daily', 'run_lab', 'Rows', 'load_lab', 'bounds', 'records', 'rates', 'thresholds', 'held_out', 'duel',
+           'trade_off', 'bars_met', 'summary']
 
 # %% ../../nbs/validation/11_lab.ipynb #f5a6b661
 import dataclasses
@@ -271,10 +271,11 @@ def _kfold(left_out: np.ndarray, fold: np.ndarray) -> float:
 
 # %% ../../nbs/validation/11_lab.ipynb #9b3176e9
 SCORES = ("verdict", "sidak", "best", "walk", "kfold", "pbo", "dsr", "spa")
+RULES = (*SCORES, "cash", "raw") # Beside them two simpler verdicts
 NOMINAL = {"verdict": -math.log10(0.005), "sidak": -math.log10(0.005), "best": 1.0, "walk": 1.645, "kfold": 1.0, "pbo": -0.1, "dsr": 1.645,
-           "spa": -math.log10(0.05)} # Accept from this score on
+           "spa": -math.log10(0.05), "cash": -math.log10(0.005), "raw": -math.log10(0.005)} # Accept from this score on
 LABEL = {"verdict": "our verdict", "sidak": "Sidak, raw N", "best": "best Sharpe > 1", "walk": "single walk-forward", "kfold": "K-fold mean > 1",
-         "pbo": "PBO < 10 %", "dsr": "DSR > .95", "spa": "SPA < .05"}
+         "pbo": "PBO < 10 %", "dsr": "DSR > .95", "spa": "SPA < .05", "cash": "verdict without market test", "raw": "verdict with raw N"}
 
 def _score(p: float) -> float: return -math.log10(max(p, 1e-300))
 
@@ -300,11 +301,17 @@ class Boots:
 # %% ../../nbs/validation/11_lab.ipynb #f915ecbf
 class Judged(NamedTuple):
     "What all rules say about one family in one window."
-    score: np.ndarray # (8,) in the order of `SCORES`; higher is better
+    score: np.ndarray # (10,) in the order of `RULES`; higher is better
     decision: int # Of the verdict at its nominal level: 0 NOT ENOUGH DATA, 1 ACCEPT, 2 REJECT
     pick: int # Best configuration, column of the 200
     walk_pick: int # Best of the first 70 %
     n_star: float # NaN where no bootstrap was needed
+
+# %% ../../nbs/validation/11_lab.ipynb #aba3808f
+def _simpler(e: Evidence, n: int, alive: bool) -> tuple[float, float]:
+    "Scores of the verdict without its test against the market, and with all n configurations counted."
+    raw = max(sidak(float(log_ndtr(a.z)), n) for a in (e.cash, *e.alpha.values()))
+    return (_score(e.cash.p), _score(raw)) if alive else (0.0, 0.0)
 
 # %% ../../nbs/validation/11_lab.ipynb #876dac4f
 def _evidence(t: Table, b: Boots, cols: np.ndarray, ok: np.ndarray, rule: Rule) -> tuple[Evidence, float]:
@@ -343,7 +350,8 @@ def judge_family(t: Table, # The window
     spa = _spa(b.cash().mean[:, cols], sd, len(t.x)) if top >= CUT else 0.0
     alive = e.second_half_z > rule.second_half_z
     score = (_score(p) if alive else 0.0, _score(sidak(float(log_ndtr(top)), len(cols))), float(m.sharpe[i]) * math.sqrt(365),
-             float(t.after[first]), _kfold(t.left_out[:, cols], t.fold[:, cols]), _pbo(t.halves[:, cols]), _dsr(m, i, len(cols)), spa)
+             float(t.after[first]), _kfold(t.left_out[:, cols], t.fold[:, cols]), _pbo(t.halves[:, cols]), _dsr(m, i, len(cols)), spa,
+             *_simpler(e, len(cols), alive))
     return Judged(np.array(score), said, int(cols[i]), first, e.cash.n_star)
 
 # %% ../../nbs/validation/11_lab.ipynb #62afb472
@@ -443,7 +451,7 @@ def run_cell(cell: Cell, # What to do
     "Draw and judge."
     began, shape = time.process_time(), (cell.count, len(cell.years), len(FAMILIES))
     K = len(KINDS) * len(LOOKS)
-    out = {"score": np.empty((*shape, len(SCORES))), "decision": np.empty(shape, np.int8), "pick": np.empty((*shape, 2), np.int16),
+    out = {"score": np.empty((*shape, len(RULES))), "decision": np.empty(shape, np.int8), "pick": np.empty((*shape, 2), np.int16),
            "n_star": np.empty(shape), "total": np.zeros((len(cell.years), K)), "square": np.zeros((len(cell.years), K))}
     for d in range(cell.count):
         x, hold, moved = simulate(cell.market, 365 * max(cell.years), cell.first + d, source)
@@ -467,7 +475,7 @@ def cell_name(cell: Cell, source: Bars | None = None, rule: Rule = RULE) -> str:
 # %% ../../nbs/validation/11_lab.ipynb #c5655cfa
 def plan_cells(markets: Sequence[Market], # Rows of the lab
                each: Mapping[str, int], # Draws of two years, by kind of market
-               long_draws: int = 0, # Draws of one, two and four years besides
+               long_draws: Mapping[str, int] | None = None, # Draws of one, two and four years besides, by kind of market
                per_cell: int = 25, # Draws a cell
                longest: Mapping[str, int] | None = None, # world -> years its source has
               ) -> list[Cell]: # In rounds over all markets, short draws first, so that a run that is stopped is balanced
@@ -476,7 +484,7 @@ def plan_cells(markets: Sequence[Market], # Rows of the lab
     for m in markets:
         room = (longest or {}).get(m.world, 4)
         short, full = (tuple(y for y in k if y <= room) for k in (SHORT, LONG))
-        parts = [(short, 0, each.get(m.kind, 0))] + ([(full, 1_000_000, long_draws)] if max(full) > max(short) else [])
+        parts = [(short, 0, each.get(m.kind, 0))] + ([(full, 1_000_000, (long_draws or {}).get(m.kind, 0))] if len(full) > len(short) else [])
         for years, base, n in parts:
             late = 1.0 if base else 0.0
             out += [(late + k / n, Cell(m, years, base + k, min(per_cell, n - k))) for k in range(0, n, per_cell)]
@@ -563,6 +571,12 @@ class Rows(NamedTuple):
     error: np.ndarray # (years,) its standard error
     seconds: float # Processor time
 
+# %% ../../nbs/validation/11_lab.ipynb #839bffdf
+def _youngest(folder: Path, cells: Mapping[str, Mapping[str, Any]]) -> set[str]: # File names
+    "The finished cells, and of those with the same draws the last one written."
+    there = sorted((n for n in cells if (folder / n).is_file()), key=lambda n: (folder / n).stat().st_mtime_ns)
+    return set({json.dumps([c["market"], c["years"], c["first"]]): n for n in there if (c := cells[n])}.values())
+
 # %% ../../nbs/validation/11_lab.ipynb #66822f48
 def _market(d: Mapping[str, Any]) -> Market:
     "A market from JSON."
@@ -575,9 +589,9 @@ def load_lab(folder: str | Path, # Of `run_lab`
     folder = Path(folder)
     try: cells = json.loads((folder / "cells.json").read_text())
     except FileNotFoundError: raise DataError(f"{folder}: no lab was run here. Run `stratfam lab --folder {folder}`.") from None
-    parts: dict[Market, list] = {}
+    parts, kept = {}, _youngest(folder, cells)
     for name, c in cells.items():
-        if (folder / name).is_file(): parts.setdefault(_market(c["market"]), []).append((c, dict(np.load(folder / name))))
+        if name in kept: parts.setdefault(_market(c["market"]), []).append((c, dict(np.load(folder / name))))
     if not parts: raise DataError(f"{folder}: no cell has been finished yet. Run `stratfam lab --folder {folder}` until it says so.")
     return [_rows(m, p) for m, p in parts.items()]
 
@@ -585,7 +599,7 @@ def load_lab(folder: str | Path, # Of `run_lab`
 def _rows(m: Market, parts: Sequence[tuple[Mapping[str, Any], Mapping[str, np.ndarray]]]) -> Rows:
     "The cells of one market on the grid of all years."
     n, Y, S = sum(c["count"] for c, _ in parts), len(LONG), len(FAMILIES)
-    score, decision = np.full((n, Y, S, len(SCORES)), np.nan), np.full((n, Y, S), -1, np.int8)
+    score, decision = np.full((n, Y, S, len(RULES)), np.nan), np.full((n, Y, S), -1, np.int8)
     pick, seed, at = np.full((n, Y, S, 2), -1, np.int16), np.empty(n, int), 0
     total, square, days = np.zeros((Y, 200)), np.zeros((Y, 200)), np.zeros(Y)
     for c, a in parts:
@@ -612,17 +626,17 @@ def _right(r: Rows) -> np.ndarray: # (n,years,sizes,rules) bool
     "Is what each rule would have traded worth trading?"
     if r.market.kind in ("none", "market"): return np.zeros(r.score.shape, bool)
     of = np.take_along_axis(r.true[None, :, None, :], np.maximum(r.pick, 0).astype(int), axis=3) > 0
-    return np.stack([of[..., 1] if k == "walk" else of[..., 0] for k in SCORES], axis=-1)
+    return np.stack([of[..., 1] if k == "walk" else of[..., 0] for k in RULES], axis=-1)
 
 # %% ../../nbs/validation/11_lab.ipynb #6e530ad7
 def _accepted(r: Rows, limit: Mapping[str, float]) -> np.ndarray: # (n,years,sizes,rules) bool
     "What each rule accepts from these scores on."
-    return r.score >= np.array([limit[k] for k in SCORES])
+    return r.score >= np.array([limit[k] for k in RULES])
 
 # %% ../../nbs/validation/11_lab.ipynb #27d20fe8
 def _counts_of(got: np.ndarray, right: np.ndarray) -> dict[str, list[int]]:
     "rule -> draws accepted, draws accepted rightly; from (n,rules) flags."
-    return {k: [int(a), int(b)] for k, a, b in zip(SCORES, got.sum(axis=0), (got & right).sum(axis=0))}
+    return {k: [int(a), int(b)] for k, a, b in zip(RULES, got.sum(axis=0), (got & right).sum(axis=0))}
 
 # %% ../../nbs/validation/11_lab.ipynb #7fb32f79
 def records(rows: Sequence[Rows], # From `load_lab`
@@ -655,7 +669,8 @@ def rates(kept: Sequence[Mapping[str, Any]], # From `records`
     return pd.DataFrame(out, columns=[*plain, "rule", "accepted", "right", "rate", "power", "low", "high", "upper"])
 
 # %% ../../nbs/validation/11_lab.ipynb #12e9ab4a
-CALIBRATIONS = {"market premium included": ("none", "market"), "fair games alone": ("none",)} # Kinds to refuse; the first is the main one
+NULLS = ("none", "latent", "market") # Kinds of market in which nothing is to be found
+CALIBRATIONS = {"market premium included": NULLS, "fair games alone": ("none", "latent")} # Kinds to refuse; the first is the main one
 
 # %% ../../nbs/validation/11_lab.ipynb #8e55f92a
 def _least(score: np.ndarray, weight: np.ndarray, level: float) -> float:
@@ -669,15 +684,15 @@ def _least(score: np.ndarray, weight: np.ndarray, level: float) -> float:
 def thresholds(rows: Sequence[Rows], # From `load_lab`
                level: float = 0.01, # False accepts in the worst market without edge
                among: Callable[[Rows], np.ndarray] = lambda r: np.ones(len(r.seed), bool), # (n,) draws that are used
-               kinds: Sequence[str] = ("none", "market"), # Of the markets that must be refused
+               kinds: Sequence[str] = NULLS, # Of the markets that must be refused
               ) -> tuple[dict[str, float], dict[str, str]]: # rule -> score from which it accepts; rule -> the market that decides
     "One threshold a rule, the same for all sizes and years: the least at which no market without edge exceeds the level."
-    limit, worst = dict.fromkeys(SCORES, -math.inf), dict.fromkeys(SCORES, "")
+    limit, worst = dict.fromkeys(RULES, -math.inf), dict.fromkeys(RULES, "")
     for r in rows:
         if r.market.kind not in kinds or not among(r).any(): continue
         score = r.score[among(r)]
         there = ~np.isnan(score[..., 0])
-        for k, rule in enumerate(SCORES):
+        for k, rule in enumerate(RULES):
             t = _least(score[..., k][there], np.ones(there.sum()), level)
             if t > limit[rule]: limit[rule], worst[rule] = t, r.market.name
     return limit, worst
@@ -697,12 +712,12 @@ def held_out(rows: Sequence[Rows], # From `load_lab`
     out = {}
     for r in rows:
         rest = ~half(r)
-        if r.market.kind not in ("none", "market") or not rest.any(): continue
+        if r.market.kind not in NULLS or not rest.any(): continue
         hit = np.where(np.isnan(r.score[rest]), np.nan, _accepted(r, limit)[rest])
-        out[r.market.name] = _average(hit.reshape(-1, len(SCORES)), 0)
+        out[r.market.name] = _average(hit.reshape(-1, len(RULES)), 0)
     if not out: raise DataError("no market without edge has two draws; run more of them.")
-    f = pd.DataFrame(out, index=list(SCORES))
-    return pd.DataFrame({"rule": f.index, "threshold": [limit[k] for k in SCORES], "worst": f.max(axis=1), "market": f.idxmax(axis=1),
+    f = pd.DataFrame(out, index=list(RULES))
+    return pd.DataFrame({"rule": f.index, "threshold": [limit[k] for k in RULES], "worst": f.max(axis=1), "market": f.idxmax(axis=1),
                          "mean": f.mean(axis=1)}).reset_index(drop=True)
 
 # %% ../../nbs/validation/11_lab.ipynb #6cd517ec
@@ -714,7 +729,7 @@ def duel(rows: Sequence[Rows], # Planted markets among them
     for world in dict.fromkeys(r.market.world for r in rows if r.market.kind == "planted"):
         mine = [r for r in rows if r.market.world == world and r.market.kind == "planted"]
         hit = np.concatenate([_average(np.where(np.isnan(r.score), np.nan, _accepted(r, limit) & _right(r)), (1, 2)) for r in mine])
-        for k, rule in enumerate(SCORES[1:], 1):
+        for k, rule in enumerate(RULES[1:], 1):
             d = hit[:, k] - hit[:, 0]
             se = float(d.std(ddof=1)) / math.sqrt(len(d))
             out.append((world, rule, len(d), float(hit[:, k].mean()), float(hit[:, 0].mean()), float(d.mean()), float(d.mean()) / se if se else 0.0))
@@ -722,14 +737,14 @@ def duel(rows: Sequence[Rows], # Planted markets among them
 
 # %% ../../nbs/validation/11_lab.ipynb #453a4eb2
 def trade_off(rows: Sequence[Rows], # From `load_lab`
-              kinds: Sequence[str] = ("none", "market"), # Of the markets that must be refused
+              kinds: Sequence[str] = NULLS, # Of the markets that must be refused
              levels: Sequence[float] = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), # False accepts in the worst market
              ) -> pd.DataFrame: # One row a rule and level
     "What power each rule buys with how many false accepts; all of its planted cells count alike."
     out = []
     for level in levels:
         limit, _ = thresholds(rows, level, kinds=kinds)
-        for k, rule in enumerate(SCORES):
+        for k, rule in enumerate(RULES):
             cells = [_average(np.where(np.isnan(r.score[..., k]), np.nan, (_accepted(r, limit) & _right(r))[..., k]), 0).ravel()
                      for r in rows if r.market.kind == "planted"]
             out.append((rule, level, limit[rule], float(_average(np.concatenate(cells), 0)) if cells else math.nan))
@@ -760,7 +775,8 @@ def bars_met(result: Mapping[str, Any], # From `summary`
             ) -> pd.DataFrame: # bar, met, found
     "Does the verdict keep its promises?"
     t = rates(result["records"])
-    mine = t[(t["rule"] == "verdict") & t["kind"].isin(["none", "market"])]
+    mine = t[(t["rule"] == "verdict") & t["kind"].isin(NULLS)]
+    mine = mine[(mine["kind"] != "latent") | (mine["draws"] >= 1000)]
     main = mine[(mine["size"] == size) & (mine["years"] == years)]
     lacking = main["market"][main["draws"] < 1000].tolist()
     lost = mine[mine["market"] == "losers"]
@@ -782,7 +798,7 @@ def summary(folder: str | Path, # Of `run_lab`
     listed = lambda f: json.loads(f.to_json(orient="records", double_precision=6))
     out = {"schema": "stratfam.lab/1", "about": dict(about or {}), "level": level, "seconds": round(sum(r.seconds for r in rows)),
            "draws": sum(len(r.seed) for r in rows),
-           "thresholds": {name: {k: [limit[k], worst[k]] for k in SCORES} for name, (limit, worst) in limits.items()},
+           "thresholds": {name: {k: [limit[k], worst[k]] for k in RULES} for name, (limit, worst) in limits.items()},
            "held_out": listed(held_out(rows, level)), "duel": {name: listed(duel(rows, limit)) for name, (limit, _) in limits.items()},
            "trade_off": {name: listed(trade_off(rows, kinds)) for name, kinds in CALIBRATIONS.items()},
            "records": records(rows, limits[main][0])}
