@@ -1,6 +1,5 @@
 """trading.public: paper money at public prices does what paper money on the same stored bars does, never better than the public could, and survives."""
 import dataclasses
-import os
 from decimal import Decimal as D
 
 import numpy as np
@@ -21,7 +20,7 @@ from stratfam.trading.permit import FOREVER, Permit
 from stratfam.trading.public import Seen, pieces, public_paper
 from stratfam.trading.venues import paper_venue
 from stratfam.weex.client import OrderRequest, WeexAPIClient
-from stratfam.weex.exchange import Exchange, advance_to, check
+from stratfam.weex.exchange import Exchange, check
 from stratfam.weex.gateway import FaultPlan, InProcessTransport
 from stratfam.weex.server import Server
 
@@ -81,4 +80,280 @@ def test_the_same_session_as_on_stored_bars(tmp_path):
     check(venue.exchange)
 
 
-if __name__ == "__main__": os._exit(0)
+def test_bars_by_stream_change_nothing():
+    bars = world()
+    plain, _ = on_public_bars(bars, 12)
+    assert seen_by(on_public_bars(bars, 12, feeding=True)[0]) == seen_by(plain) != []
+
+
+# Public prices that move inside the bar: the venue plays five-minute bars and shows hours that grow.
+
+class Room:
+    "A paper account on public hours that grow by five minutes at a time, on a virtual clock."
+    def __init__(self, seed=1, T=600, path=None, faults=None, funding=0.0, **more):
+        self.bars = world(T, seed, "5m", funding)
+        self.public, self.faults = Exchange(self.bars), faults
+        self.clock = VirtualClock(int(self.bars.time[60].astype("i8")) + 10**9)
+        self.path, self.more, self.n = path, more, 0
+        self.open()
+
+    def open(self):
+        "As a new process finds it."
+        env = Env(self.clock, np.random.Generator(np.random.PCG64(0)), InProcessTransport(self.public, self.clock, self.faults))
+        self.data = WeexAPIClient(env=env, budgets={}, attempts=1)
+        self.venue = public_paper(self.data, NAMES, "1h", path=self.path, **self.more)
+        self.venue.sync()
+
+    def order(self, side="BUY", position="LONG", symbol="BTCUSDT", quantity="1"):
+        self.n += 1
+        return self.venue.place(OrderRequest(symbol, side, D(quantity), f"o{self.n}", position), False)
+
+    def protect(self, level, position="LONG", symbol="BTCUSDT", kind="STOP_MARKET"):
+        self.n += 1
+        side = "SELL" if position == "LONG" else "BUY"
+        return self.venue.protect(OrderRequest(symbol, side, D(1), f"p{self.n}", position, kind, trigger=D(str(level))))
+
+    def wait(self, minutes, every=5):
+        "Time passes, and somebody looks at the account now and then."
+        for _ in range(int(minutes / every)):
+            self.clock.advance(every * 60)
+            self.venue.snapshot()
+
+    def public_range(self, since_ms, until_ms, symbol=0):
+        "The lowest and highest price that became public between two moments: finished five-minute bars, and the open of the present one."
+        t = self.bars.time.astype("i8") // 10**6
+        at, last = (t + 300_000 > since_ms) & (t + 300_000 <= until_ms), np.searchsorted(t, until_ms, "right") - 1
+        pick = lambda v: np.append(v[at, symbol], self.bars.open[last, symbol])
+        return pick(self.bars.low).min(), pick(self.bars.high).max()
+
+
+def test_an_order_meets_the_price_that_is_public_when_it_comes():
+    "Nobody has looked for an hour; the order is filled at the best ask of now, not at one of then."
+    r = Room()
+    asks = []
+    for _ in range(8):
+        r.clock.advance(3300)
+        asks.append(r.data.best("BTCUSDT").ask)
+        assert r.order().kind == "ACK"
+    assert [f.price for f in r.venue.fills(0)] == asks and len(set(asks)) == 8
+    assert r.order(quantity="0.5").kind == "ACK" and r.venue.close_all("BTCUSDT").kind == "ACK"
+    assert r.venue.fills(0)[-1].price == r.data.best("BTCUSDT").bid and r.venue.snapshot().positions == ()
+    check(r.venue.exchange)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stop_is_met_by_prices_after_it_only(seed):
+    """Stops and targets at random moments and levels, many of them inside the range that the hour had had before they came.
+
+    None fires without a public price beyond its level after it came; one whose level is a new extreme of its bar fires at the next look."""
+    r, rng, fired, quiet = Room(seed, T=1500), np.random.default_rng(seed), 0, 0
+    for _ in range(40):
+        r.wait(int(rng.integers(1, 11)) * 5)
+        assert r.order().kind == "ACK"
+        last, placed = float(r.data.best("BTCUSDT").bid), r.venue.now_ms()
+        bar = next(k for k in r.data.kline_page("BTCUSDT", "1h", limit=1))
+        kind = ["STOP_MARKET", "TAKE_PROFIT_MARKET"][int(rng.integers(2))]
+        down = kind == "STOP_MARKET"
+        level = last * (1 + float(rng.uniform(0.0005, 0.006)) * (-1 if down else 1))
+        assert r.protect(round(level, 3), kind=kind).kind == "ACK"
+        fresh = level < bar.low if down else level > bar.high
+        r.wait(int(rng.integers(1, 7)) * 5)
+        low, high = r.public_range(placed, r.venue.now_ms())
+        gone = not r.venue.snapshot().positions
+        fired, quiet = fired + gone, quiet + (not gone)
+        if gone: assert low <= level if down else high > level
+        elif fresh: assert low > level - 0.001 if down else high <= level + 0.001
+        if gone: assert abs(float(r.venue.fills(0)[-1].price) / level - 1) < 0.02
+        elif r.venue.snapshot().positions: assert r.order("SELL").kind == "ACK"
+        assert r.venue.snapshot().orders == ()
+    assert fired > 5 and quiet > 5
+    check(r.venue.exchange)
+
+
+def test_the_whole_bar_would_have_been_wrong(monkeypatch):
+    "The planted bug: the bar's whole range is held against an order that came in its middle."
+    def whole(seen, rows, interval, now_ms):
+        from stratfam.trading.public import Piece
+        return [Piece(*row[:1], now_ms, *row[1:]) for row in rows if row[0] >= seen.open_ms], Seen(rows[-1][0], *rows[-1][2:])
+    monkeypatch.setattr(room, "pieces", whole)
+    with pytest.raises(AssertionError):
+        for seed in range(3): test_a_stop_is_met_by_prices_after_it_only(seed)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=1, max_size=6), st.data())
+def test_pieces_of_a_bar_are_the_bar(prices, data):
+    "Looks at any moments: pieces join, hold every extreme that is new since the look before, and nothing from before it."
+    ticks = [(i * HOUR, p) for i, bar in enumerate(prices) for p in bar]
+    first = data.draw(st.integers(0, len(ticks) - 1))
+    looks = sorted(data.draw(st.sets(st.integers(first, len(ticks) - 1), max_size=6)) - {first} | {len(ticks) - 1} - {first})
+    def rows(k):
+        "Public bars after tick `k`."
+        bars = {}
+        for at, p in ticks[:k + 1]: bars.setdefault(at, []).append(p)
+        return [(at, v[0], max(v), min(v), v[-1]) for at, v in bars.items()]
+    at, _, h, l, c = rows(first)[-1]
+    seen, before = Seen(at, h, l, c), first
+    for k in looks:
+        was = seen
+        found, seen = pieces(seen, rows(k), "1h", ticks[k][0] + 1)
+        new = [p for _, p in ticks[before + 1:k + 1]]
+        if found:
+            assert min(p.low for p in found) >= min(new + [was.last]) and max(p.high for p in found) <= max(new + [was.last])
+            assert found[-1].close == ticks[k][1]
+        for p in found: assert p.low <= min(p.open, p.close) and p.high >= max(p.open, p.close)
+        for bar in {a for a, _ in ticks[before + 1:k + 1]} - {was.open_ms}:
+            mine, theirs = next(p for p in found if p.bar_ms == bar), next(r for r in rows(k) if r[0] == bar)
+            assert (mine.open, mine.high, mine.low, mine.close) == theirs[1:]
+        before = k
+
+
+def test_what_remains_different_from_stored_bars():
+    "A stop inside the hour: stored hours know it at their end, public ones when it happens; the level is the same."
+    r = Room(2)
+    hours = dataclasses.replace(r.bars, market="perp")
+    assert r.order().kind == "ACK"
+    level = round(float(r.data.best("BTCUSDT").bid) * 0.995, 3)
+    assert r.protect(level).kind == "ACK"
+    while r.venue.snapshot().positions: r.wait(5)
+    fill = r.venue.fills(0)[-1]
+    assert fill.time_ms % HOUR != 0 and fill.time_ms <= r.venue.now_ms()
+    low, _ = r.public_range(fill.time_ms - 300_001, fill.time_ms)
+    assert low <= level and float(fill.price) <= level and float(fill.price) >= min(level, low) * 0.9998
+    assert len(hours) == len(r.bars)
+
+
+# Funding.
+
+def test_funding_is_charged_on_what_was_held_then_even_when_it_is_told_late(monkeypatch):
+    r = Room(3, funding=0.0003)
+    told, held_back = r.data.funding_page, [True]
+    monkeypatch.setattr(r.data, "funding_page", lambda *a, **k: [] if held_back[0] else told(*a, **k))
+    while r.venue.now_ms() % (8 * HOUR) < 7.6 * HOUR: r.clock.advance(600)
+    assert r.order(quantity="2").kind == "ACK"
+    while r.venue.now_ms() % (8 * HOUR) > HOUR / 10: r.wait(5)
+    assert r.order("SELL", quantity="2").kind == "ACK"
+    since = r.venue.now_ms() - 6 * HOUR
+    assert [b for b in r.venue.funding(since) if b.kind == "position_funding"] == []
+    assert r.order(quantity="0.5").kind == "ACK"
+    r.wait(15)
+    held_back[0] = False
+    r.wait(20)
+    rates = {f.time_ms: f.rate for f in told("BTCUSDT", since, r.venue.now_ms())}
+    bills = [b for b in r.venue.funding(since) if b.kind == "position_funding"]
+    due = [t for t in rates if t % (8 * HOUR) == 0]
+    assert len(due) == 1 and len(bills) == len([t for t in rates if t > r.venue.fills(0)[0].time_ms])
+    price = r.bars.close[np.searchsorted(r.bars.time.astype("i8") // 10**6, due[0]) - 1, 0]
+    assert abs(float(bills[0].amount) + 2 * price * float(rates[due[0]])) < 0.02
+    check(r.venue.exchange)
+
+
+def test_a_rate_nobody_publishes_is_not_zero(monkeypatch):
+    "After an hour of grace the stated default is charged, once every eight hours, to whichever side is held."
+    r = Room(4)
+    monkeypatch.setattr(r.data, "funding_page", lambda *a, **k: [])
+    assert r.order("SELL", "SHORT").kind == "ACK"
+    r.wait(26 * 60, every=30)
+    bills = [b for b in r.venue.funding(r.venue.now_ms() - 30 * HOUR) if b.kind == "position_funding"]
+    assert len(bills) == 3 and all(b.amount < 0 for b in bills)
+    assert abs(float(bills[0].amount) / float(r.data.best("BTCUSDT").bid) + 1e-4) < 1e-5
+    check(r.venue.exchange)
+
+
+# Restarts, disks, networks.
+
+def test_a_restart_finds_the_account(tmp_path):
+    "Positions, orders, leverage and money; what happened while nobody was there happens at the next look, from where we left."
+    r = Room(6, path=tmp_path / "account")
+    r.venue.leverage("BTCUSDT", 3)
+    assert r.order().kind == "ACK"
+    assert r.protect(round(float(r.data.best("BTCUSDT").bid) * 0.99, 3)).kind == "ACK"
+    before = r.venue.snapshot()
+    r.open()
+    assert dataclasses.replace(r.venue.snapshot(), time_ms=0) == dataclasses.replace(before, time_ms=0)
+    while not (low := r.bars.low[:np.searchsorted(r.bars.time.astype("i8"), r.clock.now_ns()), 0][60:].min()) < float(before.orders[0].trigger):
+        r.clock.advance(3600)
+    r.clock.advance(7200)
+    r.open()
+    assert r.venue.snapshot().positions == () and low < float(before.orders[0].trigger)
+    assert r.venue.fills(0)[-1].time_ms < r.venue.now_ms() - HOUR, "stamped when it happened"
+    check(r.venue.exchange)
+
+
+def test_what_is_not_on_disk_did_not_happen(tmp_path, monkeypatch):
+    r = Room(7, path=tmp_path / "account")
+    assert r.order().kind == "ACK"
+    def full(path, raw): raise room.StratfamError("no space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(room, "write_atomic", full)
+        got = r.order()
+        assert (got.kind, type(got.error).__name__) == ("REFUSED", "NotSent")
+        assert [p.quantity for p in r.venue.snapshot().positions] == [D(1)]
+    assert r.order().kind == "ACK" and [p.quantity for p in r.venue.snapshot().positions] == [D(2)]
+    r.open()
+    assert [p.quantity for p in r.venue.snapshot().positions] == [D(2)]
+
+
+class Crash(BaseException):
+    "The process ends here."
+
+
+@pytest.mark.parametrize("at", [3, 4, 6, 8, 9, 13])
+@pytest.mark.parametrize("before", [True, False])
+def test_killed_around_a_write(at, before, tmp_path, monkeypatch):
+    "The process dies before or after the `at`-th write of the account's file; the next one finds journal and account agreeing, or makes them."
+    public = Exchange(world())
+    clock = VirtualClock(int(public.feeds[0].time[START]) + 1800 * 10**9)
+    env = Env(clock, np.random.Generator(np.random.PCG64(0)))
+    def venue(): return public_paper(WeexAPIClient(env=Env(clock, env.rng, InProcessTransport(public, clock)), budgets={}), NAMES, "1h", path=tmp_path / "account")
+    writes, real = [0], room.write_atomic
+    def deadly(path, raw):
+        writes[0] += 1
+        if writes[0] == at and before: raise Crash
+        real(path, raw)
+        if writes[0] == at: raise Crash
+    monkeypatch.setattr(room, "write_atomic", deadly)
+    end, crashes, events = clock.now_ns() // 10**6 + 16 * HOUR, 0, []
+    while True:
+        v = venue()
+        journal = open_journal(tmp_path / "journal.db", v.account)
+        loop = looping(v, env, journal, events)
+        try: loop.run(end)
+        except Crash:
+            crashes += 1
+            continue
+        finally: journal.close()
+        break
+    assert crashes == 1
+    check(v.exchange)
+    lots = lambda: {p.symbol: p.quantity * (1 if p.side == "LONG" else -1) for p in v.snapshot().positions}
+    assert lots() == {s: D(int(n)) * loop.mirror.grids[s].step for s, n in zip(NAMES, loop.mirror.lots) if n}
+    ours = [o.client_id for o in v.orders(0) if o.type == "MARKET"]
+    assert len(ours) == len(set(ours)) > 3, "nothing doubled"
+    assert [e for e in events if e.get("purpose") == "EXTERNAL"] == [] and loop.desk.clean and not loop.desk.open.keys() - {o.client_id for o in v.orders(0)}, "nothing lost"
+    wallet = v.exchange.users["paper-key"]["accounts"]["contract"].wallet / 1e12
+    held = sum(int(n) * float(loop.mirror.grids[x].step) * float(e) for x, n, e in zip(NAMES, loop.mirror.lots, loop.mirror.pos["entry"]) if n)
+    assert abs(float(loop.mirror.account["cash"]) + held - wallet) < 1e-6, "our books say what the account says"
+
+
+def test_a_session_in_bad_weather_ends_well(tmp_path):
+    "Every fault of the network between us and the public venue: no crash, no wrong position, and it converges when the weather clears."
+    kinds = ("refused", "timeout_before", "timeout_after", "reset_after", "error_before", "html", "truncated", "wrong_type", "empty", "rate_limit", "swapped_reply")
+    plan = FaultPlan(3, dict.fromkeys(kinds, 0.02))
+    public = Exchange(world())
+    clock = VirtualClock(int(public.feeds[0].time[START]) + 1800 * 10**9)
+    env = Env(clock, np.random.Generator(np.random.PCG64(0)))
+    data = WeexAPIClient(env=Env(clock, env.rng, InProcessTransport(public, clock, plan)), budgets={})
+    events, plan.on = [], False
+    venue = public_paper(data, NAMES, "1h", path=tmp_path / "account")
+    loop = looping(venue, env, events=events, poll_s=600.0)
+    start = clock.now_ns() // 10**6
+    loop.start()
+    plan.on = True
+    while venue.now_ms() < start + 30 * HOUR: clock.sleep(loop.guarded())
+    plan.calm()
+    while venue.now_ms() < start + 33 * HOUR: clock.sleep(loop.guarded())
+    assert sum(plan.counts.values()) > 50 and len([e for e in events if e["kind"] == "fill"]) > 4
+    assert loop.desk.clean and not loop.desk.drift and loop.desk.blocked == {}
+    assert [e for e in events if e.get("purpose") == "EXTERNAL"] == []
+    check(venue.exchange)
