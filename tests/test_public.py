@@ -1,4 +1,4 @@
-"""trading.public: paper money at public prices does what paper money on the same stored bars does, never better than the public could, and survives."""
+"""trading.public: paper money at public prices does what it does on the same stored bars, sees no price before its time, and survives."""
 import dataclasses
 from decimal import Decimal as D
 
@@ -34,7 +34,8 @@ def world(T=300, seed=5, step="1h", funding=0.0003):
 
 
 def looping(venue, env, journal=None, events=None, run="public", **more):
-    setup = Setup(run, NAMES, "1h", RULE.spec.names, LIMITS, Costs(taker=0.0008, maker=0.0008, slippage_bps=1.0), rows=150, **{"poll_s": 3599.0, **more})
+    costs = Costs(taker=0.0008, maker=0.0008, slippage_bps=1.0)
+    setup = Setup(run, NAMES, "1h", RULE.spec.names, LIMITS, costs, rows=150, **{"poll_s": 3599.0, **more})
     return Loop(setup, RULE, venue, journal or Journal(MemoryStore()), env, Permit(LIMITS, "paper", FOREVER),
                 observers=[events.append] if events is not None else ())
 
@@ -42,7 +43,8 @@ def looping(venue, env, journal=None, events=None, run="public", **more):
 def seen_by(events):
     "What must be equal: decisions, orders and fills, without the venue's own numbers."
     drop = ("order_id", "venue")
-    return [{k: v for k, v in e.items() if k not in drop and not (k == "id" and e["kind"] == "fill")} for e in events if e["kind"] in ("decision", "order", "fill")]
+    return [{k: v for k, v in e.items() if k not in drop and not (k == "id" and e["kind"] == "fill")}
+            for e in events if e["kind"] in ("decision", "order", "fill")]
 
 
 def on_stored_bars(bars, hours, **more):
@@ -305,7 +307,7 @@ def test_killed_around_a_write(at, before, tmp_path, monkeypatch):
     public = Exchange(world())
     clock = VirtualClock(int(public.feeds[0].time[START]) + 1800 * 10**9)
     env = Env(clock, np.random.Generator(np.random.PCG64(0)))
-    def venue(): return public_paper(WeexAPIClient(env=Env(clock, env.rng, InProcessTransport(public, clock)), budgets={}), NAMES, "1h", path=tmp_path / "account")
+    client = lambda: WeexAPIClient(env=Env(clock, env.rng, InProcessTransport(public, clock)), budgets={})
     writes, real = [0], room.write_atomic
     def deadly(path, raw):
         writes[0] += 1
@@ -315,7 +317,7 @@ def test_killed_around_a_write(at, before, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "write_atomic", deadly)
     end, crashes, events = clock.now_ns() // 10**6 + 16 * HOUR, 0, []
     while True:
-        v = venue()
+        v = public_paper(client(), NAMES, "1h", path=tmp_path / "account")
         journal = open_journal(tmp_path / "journal.db", v.account)
         loop = looping(v, env, journal, events)
         try: loop.run(end)
@@ -330,7 +332,8 @@ def test_killed_around_a_write(at, before, tmp_path, monkeypatch):
     assert lots() == {s: D(int(n)) * loop.mirror.grids[s].step for s, n in zip(NAMES, loop.mirror.lots) if n}
     ours = [o.client_id for o in v.orders(0) if o.type == "MARKET"]
     assert len(ours) == len(set(ours)) > 3, "nothing doubled"
-    assert [e for e in events if e.get("purpose") == "EXTERNAL"] == [] and loop.desk.clean and not loop.desk.open.keys() - {o.client_id for o in v.orders(0)}, "nothing lost"
+    assert [e for e in events if e.get("purpose") == "EXTERNAL"] == [] and loop.desk.clean
+    assert not loop.desk.open.keys() - {o.client_id for o in v.orders(0)}, "nothing lost"
     wallet = v.exchange.users["paper-key"]["accounts"]["contract"].wallet / 1e12
     held = sum(int(n) * float(loop.mirror.grids[x].step) * float(e) for x, n, e in zip(NAMES, loop.mirror.lots, loop.mirror.pos["entry"]) if n)
     assert abs(float(loop.mirror.account["cash"]) + held - wallet) < 1e-6, "our books say what the account says"
@@ -338,7 +341,8 @@ def test_killed_around_a_write(at, before, tmp_path, monkeypatch):
 
 def test_a_session_in_bad_weather_ends_well(tmp_path):
     "Every fault of the network between us and the public venue: no crash, no wrong position, and it converges when the weather clears."
-    kinds = ("refused", "timeout_before", "timeout_after", "reset_after", "error_before", "html", "truncated", "wrong_type", "empty", "rate_limit", "swapped_reply")
+    kinds = ("refused", "timeout_before", "timeout_after", "reset_after", "error_before", "html", "truncated", "wrong_type", "empty", "rate_limit",
+             "swapped_reply")
     plan = FaultPlan(3, dict.fromkeys(kinds, 0.02))
     public = Exchange(world())
     clock = VirtualClock(int(public.feeds[0].time[START]) + 1800 * 10**9)

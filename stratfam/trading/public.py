@@ -95,7 +95,7 @@ def held_at(a: Account, m: Market, pos: int, time_ms: int) -> int: # Lots
     now = a.positions[m.symbol, pos]["lots"] if (m.symbol, pos) in a.positions else 0
     return now - sum(f[3] * pos * f[5] for f in a.fills if f[2] is m and f[4] == pos and f[11] > time_ms)
 
-
+# %% ../../nbs/trading/19_public.ipynb #70974ac5
 def book_funding(x: Exchange, m: Market, time_ms: int, # When it was due
                  rate: int, # 10^-8
                  ticks: int, # Price then
@@ -119,13 +119,13 @@ class _Reader(pickle.Unpickler):
         if (module, name) not in _NAMES: raise pickle.UnpicklingError(f"it names {module}.{name}")
         return _NAMES[module, name]
 
-
+# %% ../../nbs/trading/19_public.ipynb #ca390393
 def frozen_account(x: Exchange, more: Mapping[str, Any]) -> bytes: # `more` in plain Python values
     "The exchange and what was seen, as bytes with a digest."
     body = pickle.dumps((x, dict(more)), protocol=4)
     return _HEAD + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
-
+# %% ../../nbs/trading/19_public.ipynb #afc79b5d
 def thawed_account(raw: bytes, where: str = "the account's file") -> tuple[Exchange, dict[str, Any]]:
     "Back from bytes; whatever is damaged or foreign is refused."
     head, _, body = raw.partition(b"\n")
@@ -139,7 +139,7 @@ class Unreachable(ConnectionError):
     "No public price: nothing was done."
     sent = False
 
-
+# %% ../../nbs/trading/19_public.ipynb #cb08761e
 class PublicExchange:
     "The paper exchange as a `Transport`, at public prices."
     def __init__(self, x: Exchange, data: WeexAPIClient, # Public market data; no key
@@ -320,6 +320,14 @@ class PublicPaper(WeexVenue):
         return super().sync()
 
 # %% ../../nbs/trading/19_public.ipynb #ed89410d
+def _new_account(now_ms: int, capital: float, how: Mapping[str, Any]) -> Exchange:
+    "An exchange with one account, whose money was there before anybody looked."
+    x = Exchange(**{"keep": 5000, **how})
+    x.now = now_ms * 10**6 - 10**9
+    add_user(x, str(PAPER.key), "paper-secret", str(PAPER.passphrase), usdt=capital)
+    return x
+
+# %% ../../nbs/trading/19_public.ipynb #8e4caeee
 def public_paper(data: WeexAPIClient, # Public market data: no key needed
                  symbols: Sequence[str], interval: str, # 1h
                  capital: float = 10_000.0, # USDT, of a new account
@@ -330,14 +338,11 @@ def public_paper(data: WeexAPIClient, # Public market data: no key needed
     data.sync_clock(3)
     infos, path = data.symbols(), None if path is None else Path(path)
     if gone := [s for s in symbols if s not in infos]: raise ConfigError(f"{gone[0]} is not listed at {data.base}; choose another symbol.")
-    if path is not None and path.exists(): x, more = thawed_account(path.read_bytes(), str(path))
-    else:
-        x, more = Exchange(markets=[public_market(infos[s]) for s in symbols], **{"keep": 5000, **exchange}), {}
-        x.now = data.now_ms() * 10**6 - 10**9
-        add_user(x, str(PAPER.key), "paper-secret", str(PAPER.passphrase), usdt=capital)
+    old = path is not None and path.exists()
+    x, more = thawed_account(path.read_bytes(), str(path)) if old else (_new_account(data.now_ms(), capital, exchange), {})
     for s in symbols: x.markets["contract"].setdefault(s, public_market(infos[s]))
     door = PublicExchange(x, data, interval, path, every_s, more)
-    door.save()
+    if not old: door.save()
     env = Env(data.env.clock, data.env.rng, door)
     venue = PublicPaper(WeexAPIClient("contract", PAPER, env, budgets={}, attempts=1), data)
     venue.env = env
