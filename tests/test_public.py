@@ -1,28 +1,36 @@
 """trading.public: paper money at public prices does what it does on the same stored bars, sees no price before its time, and survives."""
 import dataclasses
+import json
+import subprocess
+import sys
+import time
 from decimal import Decimal as D
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stratfam.core import Env, ObservationSpec, VirtualClock
+import stratfam.commands.trade  # noqa: F401  the command registers itself
+from stratfam.commands.base import run
+from stratfam.core import Env, ObservationSpec, StratfamError, VirtualClock
 from stratfam.data.worlds import make_world
 from stratfam.market.account import Costs
-from stratfam.policies.base import Rule
+from stratfam.policies.base import Rule, save
 from stratfam.risk.limits import limits_from
 from stratfam.trading import public as room
 from stratfam.trading.feed import Feed
-from stratfam.trading.journal import Journal, MemoryStore, open_journal
+from stratfam.trading.journal import Journal, MemoryStore, open_journal, read_journal
 from stratfam.trading.loop import Loop, Setup
 from stratfam.trading.permit import FOREVER, Permit
 from stratfam.trading.public import Seen, pieces, public_paper
+from stratfam.trading.simulate import Moody
 from stratfam.trading.venues import paper_venue
 from stratfam.weex.client import OrderRequest, WeexAPIClient
-from stratfam.weex.exchange import Exchange, check
+from stratfam.weex.exchange import Exchange, advance_to, check
 from stratfam.weex.gateway import FaultPlan, InProcessTransport
-from stratfam.weex.server import Server
+from stratfam.weex.server import ReplayClock, Server
 
 NAMES, HOUR, START = ("BTCUSDT", "ETHUSDT"), 3_600_000, 200
 RULE = Rule(ObservationSpec(("return_24", "volatility_24")), "momentum", (("bars", 24), ("entry", 0.3)), short=True)
@@ -33,9 +41,9 @@ def world(T=300, seed=5, step="1h", funding=0.0003):
     return dataclasses.replace(make_world("regime_vol", T, 2, step, market="perp", seed=seed, vol=1.5, funding=funding).bars, symbols=NAMES)
 
 
-def looping(venue, env, journal=None, events=None, run="public", **more):
+def looping(venue, env, journal=None, events=None, **more):
     costs = Costs(taker=0.0008, maker=0.0008, slippage_bps=1.0)
-    setup = Setup(run, NAMES, "1h", RULE.spec.names, LIMITS, costs, rows=150, **{"poll_s": 3599.0, **more})
+    setup = Setup("public", NAMES, "1h", RULE.spec.names, LIMITS, costs, rows=150, **{"poll_s": 3599.0, **more})
     return Loop(setup, RULE, venue, journal or Journal(MemoryStore()), env, Permit(LIMITS, "paper", FOREVER),
                 observers=[events.append] if events is not None else ())
 
@@ -361,3 +369,111 @@ def test_a_session_in_bad_weather_ends_well(tmp_path):
     assert loop.desk.clean and not loop.desk.drift and loop.desk.blocked == {}
     assert [e for e in events if e.get("purpose") == "EXTERNAL"] == []
     check(venue.exchange)
+
+
+def old_quote(self, symbol, patience_ms=0):
+    m = self.x.markets["contract"][symbol]
+    last = self.__dict__.setdefault("first", {}).setdefault(symbol, m.last)
+    m.bids, m.asks = [[last - 1, room.DEEP]], [[last + 1, room.DEEP]]
+
+
+def forgetful(self):
+    if self.saved is None or self.path is None or not self.path.exists(): kept(self)
+    self.saved = room.frozen_account(self.x, self.more())
+
+
+kept = room.PublicExchange.save
+
+
+@pytest.mark.parametrize("where, name, bug, proof", [
+    (room.PublicExchange, "quote", old_quote, lambda tmp, mp: test_an_order_meets_the_price_that_is_public_when_it_comes()),
+    (room.PublicExchange, "save", forgetful, lambda tmp, mp: test_a_restart_finds_the_account(tmp)),
+    (room, "held_at", lambda a, m, pos, t: a.positions[m.symbol, pos]["lots"] if (m.symbol, pos) in a.positions else 0,
+     lambda tmp, mp: test_funding_is_charged_on_what_was_held_then_even_when_it_is_told_late(mp)),
+    (room, "LATE_MS", 10**12, lambda tmp, mp: test_a_rate_nobody_publishes_is_not_zero(mp)),
+], ids=["old price", "not written", "funding on today's position", "unknown funding is free"])
+def test_planted_bugs_are_seen(where, name, bug, proof, tmp_path, monkeypatch):
+    monkeypatch.setattr(where, name, bug)
+    with pytest.raises((AssertionError, IndexError)): proof(tmp_path, monkeypatch)
+
+
+# The command, and real processes.
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    "`trade --live-bars`: the account beside the journal, both needed to go on; the feed says how the bars came."
+    monkeypatch.setattr("stratfam.trading.loop.install_signals", lambda loop: None)
+    save(RULE, tmp_path / "policy")
+    folder = tmp_path / "run"
+    x = Exchange(world())
+    advance_to(x, int(x.feeds[0].time[START]) + 1800 * 10**9)
+    with Server(x, speed=1.0) as server:
+        server.clock.advance(0)
+        go = ["trade", str(tmp_path / "policy"), "--live-bars", "--public-url", server.url, "--symbols", ",".join(NAMES), "--step", "1h",
+              "--run", str(folder), "--bars", "0", "--set", "notify.log=off", "--json"]
+        assert run(go) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out)["state"] == "ACTIVE" and "bars: stream 0, rest 0" in said.err
+        assert (folder / "account").read_bytes().startswith(b"stratfam paper account 1 ")
+        assert run(go) == 0, "again, on the same account"
+        capsys.readouterr()
+        (folder / "account").unlink()
+        assert run(go) == 1 and "has a journal but no account file" in capsys.readouterr().err
+        assert run([*go[:4], "http://127.0.0.1:9", *go[5:9], "--run", str(tmp_path / "other")]) == 1
+        assert "stratfam: " in capsys.readouterr().err
+
+
+def child(url, folder, until_ms):
+    "A process that trades minute bars at ten times the speed until it is killed, or the time has come."
+    rng, clock = np.random.Generator(np.random.PCG64(0)), ReplayClock(time.time_ns(), SPEED)
+    data = WeexAPIClient(env=Env(clock, rng), base_url=url, budgets={})
+    venue = public_paper(data, NAMES, "1m", path=Path(folder) / "account", every_s=1.0)
+    journal = open_journal(Path(folder) / "journal.db", venue.account)
+    limits = limits_from(stop_loss=0.01, take_profit=0.01)
+    setup = Setup("killed", NAMES, "1m", ("return_1",), limits, Costs(taker=0.0008, slippage_bps=1.0), rows=48, window=24, ttl_s=50.0, poll_s=10.0)
+    with Feed(venue, NAMES, "1m", base_url=url.replace("http", "ws") + "/contract"):
+        loop = Loop(setup, Moody(3, False, 0.5), venue, journal, Env(clock, rng), Permit(limits, "paper", FOREVER))
+        loop.run(int(until_ms))
+        while loop.desk.open.keys() - {o.client_id for o in venue.snapshot().orders} or not loop.desk.clean: clock.sleep(loop.guarded())
+    lots = {p.symbol: str(p.quantity if p.side == "LONG" else -p.quantity) for p in venue.snapshot().positions}
+    mine = {s: str(D(int(n)) * loop.mirror.grids[s].step) for s, n in zip(NAMES, loop.mirror.lots) if n}
+    check(venue.exchange)
+    ids = [o.client_id for o in venue.orders(0) if o.type == "MARKET"]
+    print(json.dumps({"lots": {k: str(D(v).normalize()) for k, v in lots.items()}, "mine": {k: str(D(v).normalize()) for k, v in mine.items()},
+                      "orders": len(ids), "doubled": len(ids) - len(set(ids))}))
+
+
+SPEED = 10.0
+
+
+@pytest.mark.proof
+def test_a_real_process_is_killed(tmp_path):
+    "kill -9 while it trades, three times; the last process ends by itself, and journal and account agree."
+    x = Exchange(world(T=400, step="1m", seed=9))
+    advance_to(x, int(x.feeds[0].time[100]))
+    rng, end, kills = np.random.default_rng(1), x.now // 10**6 + 12 * 60_000, 0
+    with Server(x, speed=SPEED) as server:
+        server.clock.advance(0)
+        while True:
+            process = subprocess.Popen([sys.executable, __file__, server.url, str(tmp_path), str(end)], stdout=subprocess.PIPE, text=True)
+            if kills == 3: break
+            wanted, deadline = (kills + 1) * 2, time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline and decisions(tmp_path) < wanted: time.sleep(0.05)
+            time.sleep(float(rng.uniform(0, 1.0)))
+            process.kill()
+            process.wait(10)
+            kills += 1
+            end = max(end, server.call(lambda: x.now) // 10**6 + 4 * 60_000)
+        out, _ = process.communicate(timeout=300)
+    found = json.loads(out.splitlines()[-1])
+    assert process.returncode == 0 and found["lots"] == found["mine"] and found["doubled"] == 0 and found["orders"] > 4
+    entries = read_journal(tmp_path / "journal.db")[1]
+    assert [e for e in entries if e.kind == "fill" and e.body["purpose"] == "EXTERNAL"] == []
+    assert len([e for e in entries if e.kind == "start"]) == 4
+
+
+def decisions(folder):
+    try: return read_journal(folder / "journal.db")[0].counts["decision"]
+    except StratfamError: return 0
+
+
+if __name__ == "__main__": child(*sys.argv[1:])

@@ -344,6 +344,7 @@ def public_paper(data: WeexAPIClient, # Public market data: no key needed
     door = PublicExchange(x, data, interval, path, every_s, more)
     if not old: door.save()
     env = Env(data.env.clock, data.env.rng, door)
-    venue = PublicPaper(WeexAPIClient("contract", PAPER, env, budgets={}, attempts=1), data)
+    venue = PublicPaper(WeexAPIClient("contract", PAPER, env, base_url=data.base, budgets={}, attempts=1), data)
     venue.env = env
+    venue.client.sync_clock(3)
     return venue
