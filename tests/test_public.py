@@ -77,12 +77,12 @@ def on_public_bars(bars, hours, path=None, feeding=False, **more):
 def test_the_same_session_as_on_stored_bars(tmp_path):
     """Orders, fills, fees, funding, equity: equal to the last digit, over HTTP, from public data without a key."""
     bars = world()
-    mine, venue = on_public_bars(bars, 60, tmp_path / "account")
-    theirs, other = on_stored_bars(bars, 60)
+    mine, venue = on_public_bars(bars, 48, tmp_path / "account")
+    theirs, other = on_stored_bars(bars, 48)
     assert [e for e in mine + theirs if e["kind"] == "error"] == []
     assert seen_by(mine) == seen_by(theirs)
     fills = [e for e in mine if e["kind"] == "fill"]
-    assert len(fills) > 20 and {f["purpose"] for f in fills} >= {"ENTRY", "EXIT", "STOP"}
+    assert len(fills) > 15 and {f["purpose"] for f in fills} >= {"ENTRY", "EXIT", "STOP"}
     account = lambda v: v.exchange.users["paper-key"]["accounts"]["contract"]
     assert account(venue).wallet == account(other).wallet
     paid = lambda v: [(b[2], b[3]) for b in account(v).bills if b[4] == "position_funding"]
@@ -151,17 +151,31 @@ def test_an_order_meets_the_price_that_is_public_when_it_comes():
     check(r.venue.exchange)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_stop_is_met_by_prices_after_it_only(seed):
+def test_a_quote_finer_than_the_grid_is_never_better_on_it(monkeypatch):
+    r = Room()
+    fine = dataclasses.replace(r.data.best("BTCUSDT"), bid=D("100.15123"), ask=D("100.15127"))
+    monkeypatch.setattr(r.data, "best", lambda symbol: fine)
+    assert r.order().kind == "ACK" and r.order("SELL").kind == "ACK"
+    tick = D(1).scaleb(-r.venue.exchange.markets["contract"]["BTCUSDT"].price_digits)
+    buy, sell = (f.price for f in r.venue.fills(0))
+    assert sell <= fine.bid < fine.ask <= buy and buy - sell <= 2 * tick
+
+
+@pytest.mark.parametrize("forming", [True, False])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.proof) for n in range(1, 6))])
+def test_a_stop_is_met_by_prices_after_it_only(seed, forming):
     """Stops and targets at random moments and levels, many of them inside the range that the hour had had before they came.
 
-    None fires without a public price beyond its level after it came; one whose level is a new extreme of its bar fires at the next look."""
+    None fires without a public price beyond its level after it came; one whose level is a new extreme of its bar fires at the next look.
+    The same at a venue that shows a bar only when it is over, where less can be known."""
     r, rng, fired, quiet = Room(seed, T=1500), np.random.default_rng(seed), 0, 0
+    page = r.data.kline_page
+    if not forming: r.data.kline_page = lambda *a, **k: [b for b in page(*a, **{**k, "limit": k["limit"] + 1}) if b.open_ms + HOUR <= r.data.now_ms()]
     for _ in range(40):
         r.wait(int(rng.integers(1, 11)) * 5)
         assert r.order().kind == "ACK"
         last, placed = float(r.data.best("BTCUSDT").bid), r.venue.now_ms()
-        bar = next(k for k in r.data.kline_page("BTCUSDT", "1h", limit=1))
+        bar = page("BTCUSDT", "1h", limit=1)[0]
         kind = ["STOP_MARKET", "TAKE_PROFIT_MARKET"][int(rng.integers(2))]
         down = kind == "STOP_MARKET"
         level = last * (1 + float(rng.uniform(0.0005, 0.006)) * (-1 if down else 1))
@@ -172,25 +186,32 @@ def test_a_stop_is_met_by_prices_after_it_only(seed):
         gone = not r.venue.snapshot().positions
         fired, quiet = fired + gone, quiet + (not gone)
         if gone: assert low <= level if down else high > level
-        elif fresh: assert low > level - 0.001 if down else high <= level + 0.001
-        if gone: assert abs(float(r.venue.fills(0)[-1].price) / level - 1) < 0.02
+        elif fresh and forming: assert low > level - 0.001 if down else high <= level + 0.001
+        if gone: assert abs(float(r.venue.fills(0)[-1].price) / level - 1) < 0.03
         elif r.venue.snapshot().positions: assert r.order("SELL").kind == "ACK"
         assert r.venue.snapshot().orders == ()
-    assert fired > 5 and quiet > 5
+    assert fired > (5 if forming else 0) and quiet > 5
     check(r.venue.exchange)
 
 
 def test_the_whole_bar_would_have_been_wrong(monkeypatch):
     "The planted bug: the bar's whole range is held against an order that came in its middle."
-    def whole(seen, rows, interval, now_ms):
+    def whole(seen, rows, interval, now_ms, newest_ms):
         from stratfam.trading.public import Piece
-        return [Piece(*row[:1], now_ms, *row[1:]) for row in rows if row[0] >= seen.open_ms], Seen(rows[-1][0], *rows[-1][2:])
+        return [Piece(*row[:1], now_ms, *row[1:]) for row in rows if row[0] >= seen.open_ms], Seen(rows[-1][0], *rows[-1][2:], rows[-1][4])
     monkeypatch.setattr(room, "pieces", whole)
     with pytest.raises(AssertionError):
-        for seed in range(3): test_a_stop_is_met_by_prices_after_it_only(seed)
+        for seed in range(3): test_a_stop_is_met_by_prices_after_it_only(seed, True)
 
 
-@settings(max_examples=300, deadline=None)
+def test_a_bar_shown_late_would_have_been_wrong(monkeypatch):
+    "The planted bug: a bar that was not there yet when the order came counts with its whole range."
+    monkeypatch.setattr(room, "_newest", lambda x, m: 0)
+    with pytest.raises(AssertionError):
+        for seed in range(3): test_a_stop_is_met_by_prices_after_it_only(seed, False)
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=1, max_size=6), st.data())
 def test_pieces_of_a_bar_are_the_bar(prices, data):
     "Looks at any moments: pieces join, hold every extreme that is new since the look before, and nothing from before it."
@@ -203,7 +224,7 @@ def test_pieces_of_a_bar_are_the_bar(prices, data):
         for at, p in ticks[:k + 1]: bars.setdefault(at, []).append(p)
         return [(at, v[0], max(v), min(v), v[-1]) for at, v in bars.items()]
     at, _, h, l, c = rows(first)[-1]
-    seen, before = Seen(at, h, l, c), first
+    seen, before = Seen(at, h, l, c, c), first
     for k in looks:
         was = seen
         found, seen = pieces(seen, rows(k), "1h", ticks[k][0] + 1)
@@ -308,7 +329,7 @@ class Crash(BaseException):
     "The process ends here."
 
 
-@pytest.mark.parametrize("at", [3, 4, 6, 8, 9, 13])
+@pytest.mark.parametrize("at", [4, 9, *(pytest.param(n, marks=pytest.mark.proof) for n in (1, 2, 3, 5, 6, 7, 8, 11, 13))])
 @pytest.mark.parametrize("before", [True, False])
 def test_killed_around_a_write(at, before, tmp_path, monkeypatch):
     "The process dies before or after the `at`-th write of the account's file; the next one finds journal and account agreeing, or makes them."

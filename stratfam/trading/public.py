@@ -10,6 +10,7 @@ __all__ = ['LATE_MS', 'DEEP', 'public_market', 'Seen', 'Piece', 'pieces', 'play'
 import hashlib
 import io
 import json
+import math
 import pickle
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -42,11 +43,12 @@ def public_market(i: SymbolInfo) -> Market: # Empty, on the venue's grid
 
 # %% ../../nbs/trading/19_public.ipynb #934130ff
 class Seen(NamedTuple):
-    "The forming bar at our last look, in ticks."
+    "The newest bar at our last look, in ticks."
     open_ms: int
     high: int
     low: int
-    last: int
+    close: int
+    last: int # Price at that moment: the close of a forming bar, or a quote where the newest bar was over
 
 
 class Piece(NamedTuple):
@@ -61,18 +63,21 @@ class Piece(NamedTuple):
 # %% ../../nbs/trading/19_public.ipynb #08166ed5
 def pieces(seen: Seen, # At the last look
            rows: Sequence[tuple[int, int, int, int, int]], # (open ms, open, high, low, close in ticks), oldest first, the last one forming
-           interval: str, now_ms: int) -> tuple[list[Piece], Seen]:
+           interval: str, now_ms: int,
+           newest_ms: int = 0, # When the newest of the orders and positions concerned began
+          ) -> tuple[list[Piece], Seen]:
     "What became public since the last look, and what is seen now."
     found = []
     for i, (at, o, h, l, c) in enumerate(rows):
         if at < seen.open_ms: continue
         end = close_ms(at, interval)
         if i + 1 == len(rows): end = min(now_ms, end)
-        if at > seen.open_ms: found.append(Piece(at, end, o, h, l, c))
-        elif (h, l, c) != seen[1:]:
-            was = seen.last
+        was = seen.last
+        if at > seen.open_ms and newest_ms <= at: found.append(Piece(at, end, o, h, l, c))
+        elif at > seen.open_ms: found.append(Piece(at, end, was, max(was, c), min(was, c), c))
+        elif (h, l, c) != seen[1:4] and newest_ms < close_ms(at, interval):
             found.append(Piece(at, end, was, h if h > seen.high else max(was, c), l if l < seen.low else min(was, c), c))
-        seen = Seen(at, h, l, c)
+        seen = Seen(at, h, l, c, found[-1].close if found else was)
     return found, seen
 
 # %% ../../nbs/trading/19_public.ipynb #c2fe6660
@@ -185,6 +190,12 @@ def _rows(self: PublicExchange, m: Market) -> list[tuple[int, int, int, int, int
 PublicExchange.active, PublicExchange.rows = _active, _rows
 
 # %% ../../nbs/trading/19_public.ipynb #597af802
+def _newest(x: Exchange, m: Market) -> int: # ms; 0 = there is none
+    "When the newest position or waiting order of a market began."
+    held = [p["updated"] for a in x.accounts for (s, _), p in a.positions.items() if s == m.symbol]
+    return max([0, *held, *(o["created"] for o in (*m.resting.values(), *m.triggers.values()))])
+
+# %% ../../nbs/trading/19_public.ipynb #36528a2a
 def _follow(self: PublicExchange, symbols: set[str]) -> None:
     "Bring these symbols up to the present."
     x, active, found = self.x, self.active(), {}
@@ -194,10 +205,10 @@ def _follow(self: PublicExchange, symbols: set[str]) -> None:
     for s in sorted(symbols):
         at, _, h, l, c = rows[s][-1]
         if s not in active or s not in self.seen:
-            self.seen[s], self.paid[s] = Seen(at, h, l, c), self.paid.get(s, now)
+            self.seen[s], self.paid[s] = Seen(at, h, l, c, c), self.paid.get(s, now)
             x.markets["contract"][s].last, x.markets["contract"][s].live = c, True
             continue
-        cut, self.seen[s] = pieces(self.seen[s], rows[s], self.interval, now)
+        cut, self.seen[s] = pieces(self.seen[s], rows[s], self.interval, now, _newest(x, x.markets["contract"][s]))
         for p in cut: found.setdefault(p.bar_ms, {})[s] = p
     for bar_ms in sorted(found):
         for s in rates: self.settle(s, rates[s], bar_ms, rows[s])
@@ -249,11 +260,19 @@ def _quote(self: PublicExchange, symbol: str, patience_ms: int = 15_000) -> None
     q = self.data.best(symbol)
     if not (q.bid and q.ask and 0 < q.bid <= q.ask): raise Malformed(f"no public quote of {symbol}.")
     if q.time_ms and q.time_ms < now - patience_ms: raise Malformed(f"the public quote of {symbol} is {(now - q.time_ms) / 1000:.0f} s old.")
-    m.bids = [[max(1, int(q.bid.scaleb(m.price_digits))), DEEP]]
-    m.asks = [[max(1, -int(-q.ask.scaleb(m.price_digits) // 1)), DEEP]]
+    bid, ask = max(1, math.floor(q.bid.scaleb(m.price_digits))), math.ceil(q.ask.scaleb(m.price_digits))
+    m.bids, m.asks = [[bid, DEEP]], [[ask, DEEP]]
+    if self.over(symbol):
+        m.last = (bid + ask) // 2
+        self.seen[symbol] = self.seen[symbol]._replace(last=m.last)
 
 
-PublicExchange.quote = _quote
+def _over(self: PublicExchange, symbol: str) -> bool:
+    "Is the newest public bar one that has ended?"
+    return close_ms(self.seen[symbol].open_ms, self.interval) <= self.now_ms()
+
+
+PublicExchange.quote, PublicExchange.over = _quote, _over
 
 # %% ../../nbs/trading/19_public.ipynb #e9c03960
 def _touched(self: PublicExchange, method: str, path: str, body: bytes) -> tuple[set[str], bool]: # And whether a price is needed
@@ -263,7 +282,7 @@ def _touched(self: PublicExchange, method: str, path: str, body: bytes) -> tuple
     except ValueError: said = {}
     name = said.get("symbol") if isinstance(said, dict) else None
     about = {name} & self.x.markets["contract"].keys() if name else self.active()
-    return about, method == "POST" and path.endswith(("/order", "/closePositions"))
+    return about, path.endswith(("/order", "/closePositions"))
 
 
 def _serve(self: PublicExchange, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Response:
@@ -274,7 +293,8 @@ def _serve(self: PublicExchange, method: str, target: str, headers: Mapping[str,
     if about | old: self.follow(about | old)
     self.x.now = max(self.x.now, self.now_ms() * 10**6)
     try:
-        for s in about if priced else (): self.quote(s)
+        for s in about if method == "POST" else ():
+            if priced or self.over(s): self.quote(s)
         return self.gateway.handle(method, target, headers, body)
     finally:
         for s in about: self.x.markets["contract"][s].bids = self.x.markets["contract"][s].asks = None
