@@ -133,12 +133,17 @@ def closed_bars(page: Sequence[Kline], # In any order, perhaps twice, perhaps un
     return [best[t] for t in sorted(best)]
 
 # %% ../../nbs/trading/00_venues.ipynb #94b1b77d
-def _candles(self: WeexVenue, symbol: str, interval: str, rows: int) -> list[Kline]:
-    "The newest closed bars, oldest first."
+def _page(self: WeexVenue, symbol: str, interval: str, rows: int) -> list[Kline]:
+    "The newest closed bars by REST, oldest first."
     return closed_bars(self.data.kline_page(symbol, interval, limit=min(1000, rows + 2)), interval, self.now_ms())[-rows:]
 
 
-WeexVenue.candles = _candles
+def _candles(self: WeexVenue, symbol: str, interval: str, rows: int) -> list[Kline]:
+    "The newest closed bars, oldest first: from the feed where one is open, else by REST."
+    return (self.page if self.feed is None else self.feed.candles)(symbol, interval, rows)
+
+
+WeexVenue.page, WeexVenue.candles, WeexVenue.feed = _page, _candles, None
 
 # %% ../../nbs/trading/00_venues.ipynb #2642169e
 def _snapshot(self: WeexVenue) -> Snapshot:
