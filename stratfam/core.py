@@ -133,10 +133,12 @@ def utc_text(t: np.datetime64) -> str:
 
 # %% ../nbs/00_core.ipynb #4444fefd
 YEAR = np.timedelta64(365, "D")
+_NS, _ZERO = np.dtype("m8[ns]"), np.timedelta64(0, "ns")
 
 def as_step(step: Any, # "5m", "1h", "1d", a timedelta, or nanoseconds
            ) -> np.timedelta64: # Nanoseconds
     "A bar length as `timedelta64[ns]`; accepts the exchanges' names such as `15m`, `1h`, `1d`, `1w`."
+    if type(step) is np.timedelta64 and step.dtype == _NS and step > _ZERO: return step
     if isinstance(step, str):
         unit = {"s": "s", "m": "m", "h": "h", "d": "D", "w": "W"}.get(step[-1:].lower()) if step[-1:] != "M" else None
         if unit is None or not step[:-1].isdigit() or int(step[:-1]) == 0:

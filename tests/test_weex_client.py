@@ -203,6 +203,16 @@ def test_an_expired_timestamp_that_cannot_be_cured_is_refused():
     assert (got.kind, type(got.error).__name__, sum(s[0] == "POST" for s in c.transport.sent)) == (REFUSED, "TimestampExpired", 1)
 
 
+def test_a_second_signature_that_cannot_leave_does_not_unsend_the_first_request():
+    def spoil(key, good, headers):
+        if not key.startswith("POST"): return good
+        c.limiter.until = c.env.clock.monotonic() + 1000.0
+        return Response(400, {}, b'{"code":-1046,"msg":"expired"}')
+    c = client(spoil=spoil)
+    got = c.place(order())
+    assert (got.kind, type(got.error).__name__) == (REFUSED, "TimestampExpired")  # not NotSent, which would end the order without a look
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(-10**7, 10**7), st.lists(st.tuples(st.floats(0, 2), st.floats(0, 2)), min_size=5, max_size=5))
 def test_the_clock_offset_is_within_half_a_round_trip(skew_ms, trips):

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'BAR', 'ACCOUNT', 'POSITION', 'CAUSES', 'POLICY_ORDER', 'TIME_EXIT', 'LIMIT_EXIT', 'END_EXIT', 'FILL',
-           'SERIES', 'Costs', 'stress', 'Market', 'pack_market', 'State', 'new_state', 'new_log', 'logged', 'impact',
-           'fill_price', 'set_levels', 'end_trip', 'fill', 'adverse', 'at_open', 'stop_point', 'stop_ref',
-           'liquidation_point', 'liquidate', 'gap_exits', 'reductions', 'entries', 'bar_exits', 'marked', 'mark_one',
-           'tally', 'reached', 'quiet', 'busy', 'advance', 'idle', 'decide', 'record', 'glide', 'run', 'close_out']
+           'SERIES', 'Costs', 'stress', 'Market', 'last_known', 'pack_market', 'State', 'new_state', 'new_log',
+           'logged', 'impact', 'fill_price', 'set_levels', 'end_trip', 'fill', 'adverse', 'at_open', 'stop_point',
+           'stop_ref', 'liquidation_point', 'liquidate', 'gap_exits', 'reductions', 'entries', 'bar_exits', 'marked',
+           'mark_one', 'tally', 'reached', 'quiet', 'busy', 'advance', 'idle', 'decide', 'record', 'glide', 'run',
+           'close_out']
 
 # %% ../../nbs/market/00_account.ipynb #22c32cf1
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from numba import njit
 
 from ..core import KERNEL, LIQUIDATION, NO_EXIT, STOP, TARGET, Bars, ConfigError, as_step, bar_exit, lots_in
@@ -58,6 +58,14 @@ class Market(NamedTuple):
     day: np.ndarray # (T,) int64, UTC day of the close, days since 1970
     costs: np.ndarray # (1,) record of `COSTS`
 
+# %% ../../nbs/market/00_account.ipynb #5fc41673
+def last_known(close: np.ndarray) -> np.ndarray: # (T,N); NaN before the first
+    "Each close, or the one before it where it is missing."
+    gone = np.isnan(close)
+    if not gone.any(): return close
+    row = np.where(gone, 0, np.arange(len(close))[:, None])
+    return np.take_along_axis(close, np.maximum.accumulate(row, axis=0), axis=0)
+
 # %% ../../nbs/market/00_account.ipynb #472499a5
 def pack_market(bars: Bars, # The bars
                 costs: Costs | None = None, # What trading costs
@@ -68,7 +76,7 @@ def pack_market(bars: Bars, # The bars
         raise ConfigError("Costs.impact needs volumes, and these bars have none; set impact=0 or use OHLCV bars.")
     rows = np.zeros(bars.close.shape, BAR)
     for k in ("open", "high", "low", "close", "volume", "funding", "ok"): rows[k] = getattr(bars, k)
-    rows["mark"] = pd.DataFrame(bars.close).ffill().to_numpy("f8") if len(bars) else bars.close
+    rows["mark"] = last_known(bars.close)
     per_bar = costs.funding_default_8h * float(bars.step / as_step("8h"))
     rec = np.array([(costs.taker, costs.maker, costs.slippage_bps / 1e4, costs.impact, per_bar, costs.maintenance,
                      costs.liquidation_fee, float(bars.market == "perp"))], COSTS)

@@ -94,12 +94,12 @@ def observe(spec: ObservationSpec, # What to see
 
 # %% ../../nbs/market/01_observe.ipynb #ba51a682
 @njit(**KERNEL)
-def rolling_std(r, window, out):
-    "Standard deviation of the last `window` rows of r (T,N) into out (T,N); NaN until a full finite window exists."
+def rolling_std(r, window, out, first=0):
+    "Standard deviation of the last `window` rows of r (T,N) into out (T,N), from row `first`; NaN until a full finite window exists."
     for n in range(r.shape[1]):
         for t in range(r.shape[0]):
             out[t, n] = np.nan
-            if t + 1 < window: continue
+            if t < first or t + 1 < window: continue
             s, q = 0.0, 0.0
             for i in range(t - window + 1, t + 1): s += r[i, n]
             m = s / window
@@ -144,13 +144,14 @@ def gate_inputs(bars: Bars, # The market
                 limits: Limits, # Which inputs are needed
                 window: int = 168, # Bars of the rolling statistics
                 regime: np.ndarray | None = None, # (T,) risk rank in [0,1] from a causal regime model
+                first: int = 0, # Rows before this one are not asked about: their rolling statistics may stay unknown
                 **live: np.ndarray, # spread (T,N) and verdict_ok (T,), where the mode knows them
                ) -> GateInputs: # Row t uses bars <= t only
     "Everything the gate may know about these bars; what is unknown is declared absent."
     if window < 2: raise ConfigError(f"window is {window}, expected at least 2 bars.")
     r = log_returns(bars)
     std = np.full(r.shape, np.nan)
-    rolling_std(r, window, std)
+    if limits.position.target_vol is not None or limits.position.max_jump is not None: rolling_std(r, window, std, max(first - 1, 0))
     before = np.vstack([np.full((1, r.shape[1]), np.nan), std[:-1]]) if len(r) else std
     p = limits.position
     known_now = {"age": data_age(bars), **live}

@@ -6,7 +6,9 @@
 __all__ = ['LAG_S', 'SETTLE_S', 'OVERLAP_MS', 'READ_MS', 'LOOK_BACK_MS', 'TRIES', 'FINAL', 'Desk', 'face', 'moves_money', 'block']
 
 # %% ../../nbs/trading/03_desk.ipynb #7b5b425e
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
@@ -18,7 +20,7 @@ from .mirror import Mirror, venue_cash, venue_lots
 from .plan import OURS, Want, kind_of, match_protection, parts, protection, reductions
 from .venues import Snapshot, Venue
 from ..weex.client import OrderRequest
-from ..weex.replies import Fill, Order
+from ..weex.replies import Bill, Fill, Order
 from ..weex.wire import ACK, REFUSED, UNKNOWN, AuthError, NotSent, Outcome, PermissionDenied, WeexError
 
 # %% ../../nbs/trading/03_desk.ipynb #b1408c6b
@@ -46,7 +48,9 @@ class Desk:
         self.met: dict[str, float] = {} # Client id -> monotonic time at which this process first knew it
         self.since_ms = 0 # Read fills from here, by the venue's own stamps
         self.unwritten: list[tuple[str, str, Mapping[str, Any]]] = [] # Facts the disk did not take
-        self.loose: dict[str, Line] = {} # Orders that left while the journal could not be written
+        self.held: list[tuple[str, str, Mapping[str, Any]]] = [] # Facts of this moment, to be written together
+        self.depth = 0 # Of moments
+        self.loose: dict[str, Line] = {} # Orders that the journal does not know yet
         self.ended: set[str] = set() # Orders whose end the disk has not taken
         self.foreign: set[str] = set() # Ids of our form that are not this run's
         self.moved: dict[str, int] = {} # Symbol -> time of its newest fill: an older position is yesterday's news
@@ -69,32 +73,48 @@ class Desk:
 def _write(self: Desk, facts: Sequence[tuple[str, str, Mapping[str, Any]]]) -> bool: # Durable?
     "Append facts, after those that waited; False when the disk did not take them."
     try:
-        self.journal.append([*self.unwritten, *facts], self.venue.now_ms())
+        self.journal.append([*self.unwritten, *self.held, *facts], self.venue.now_ms())
         for l in self.journal.book.open.values(): l.waiting = 0
-        for gone in (self.unwritten, self.loose, self.ended): gone.clear()
+        for gone in (self.unwritten, self.held, self.loose, self.ended): gone.clear()
         return True
     except JournalError as e:
+        self.unwritten.extend(self.held)
+        self.held.clear()
         self.emit("error", where="journal", text=str(e))
         return False
 
 # %% ../../nbs/trading/03_desk.ipynb #043da1e3
 def _note(self: Desk, facts: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
     "Append facts that have happened whether or not they can be written now."
-    if self.write(facts): return
-    self.unwritten.extend(facts)
+    self.held.extend(facts)
     for kind, key, body in facts:
         line = self.open.get(body["client_id"] if kind == "fill" else key)
         if kind == "outcome" and line: line.outcome, line.order_id = body["outcome"], body.get("order_id", "") or line.order_id
         if kind == "fill" and line: line.waiting += int(body["lots"])
         if kind == "end": self.ended.add(key)
+    if not self.depth: self.write(())
+
+# %% ../../nbs/trading/03_desk.ipynb #d544767b
+@contextmanager
+def _together(self: Desk) -> Iterator[None]:
+    "Facts noted in here are written at its end, in one commit; not when it ends by an exception."
+    self.depth += 1
+    try: yield
+    finally: self.depth -= 1
+    if self.held and not self.depth: self.write(())
 
 
-Desk.write, Desk.note = _write, _note
+def _pending(self: Desk, kind: str) -> dict[str, Mapping[str, Any]]: # By key
+    "Facts of a kind that the journal does not hold yet."
+    return {key: body for k, key, body in (*self.unwritten, *self.held) if k == kind}
+
+
+Desk.write, Desk.note, Desk.together, Desk.pending = _write, _note, _together, _pending
 
 # %% ../../nbs/trading/03_desk.ipynb #d079ab0c
 def _line(self: Desk, w: Want, bar_ms: int, ttl_ms: int, beside: Iterable[str] = ()) -> Line | None: # None = that entry was made already
     "A wanted order under its own id."
-    waiting = {key for kind, key, _ in self.unwritten if kind == "intent"} | set(beside)
+    waiting = {*self.pending("intent"), *beside}
     taken = lambda k: k in waiting or k in self.journal.book.seen["intent"]
     for again in range(1000):
         key = client_order_id(self.run, bar_ms, w.symbol, f"{w.purpose} {again}" if again else w.purpose)
@@ -126,7 +146,8 @@ def _submit(self: Desk, wants: Iterable[Want], bar_ms: int, # Close of the bar t
         self.unwritten.extend(("intent", l.id, l.body) for _, l in pairs)
         self.loose.update({l.id: l for _, l in pairs})
     self.unsent = {l.id for _, l in pairs}
-    for w, l in pairs: self._leave(w, l, still)
+    with self.together():
+        for w, l in pairs: self._leave(w, l, still)
     return [l for _, l in pairs]
 
 
@@ -184,6 +205,13 @@ def _reconcile(self: Desk) -> bool: # Complete, and no difference
         self.clean, self.keys = False, str(e) if isinstance(e, AuthError | PermissionDenied) else ""
         self.emit("error", where="reconcile", text=str(e))
         return False
+    with self.together(): same = self._explain(snap, fills, bills, listing)
+    self.point("reconciled")
+    return same
+
+
+def _explain(self: Desk, snap: Snapshot, fills: Sequence[Fill], bills: Sequence[Bill], listing: Sequence[Order] | None) -> bool: # No difference
+    "Book what was read."
     self.snap, self.clean, self.keys = snap, True, ""
     self.listed = self.listed or listing is not None
     self._find_lost([*snap.orders, *(listing or ())])
@@ -198,11 +226,10 @@ def _reconcile(self: Desk) -> bool: # Complete, and no difference
         self.emit("error", where="balance", text=f"the venue's cash differs from ours by {odd:.8f}; the venue's is taken")
     if same: self.since_ms = max([self.since_ms, *(f.time_ms - OVERLAP_MS for f in fills)])
     self.rest, self.read_ms = face(snap) if same else None, snap.time_ms
-    self.point("reconciled")
     return same
 
 
-Desk.reconcile = _reconcile
+Desk.reconcile, Desk._explain = _reconcile, _explain
 
 # %% ../../nbs/trading/03_desk.ipynb #861b875b
 def face(snap: Snapshot) -> tuple:
@@ -213,7 +240,7 @@ def face(snap: Snapshot) -> tuple:
 # %% ../../nbs/trading/03_desk.ipynb #5b76ef00
 def _unmoved(self: Desk, snap: Snapshot) -> bool:
     "Is everything as it was when it was last explained?"
-    if self.unwritten or self.drift or self.rest != face(snap) or not 0 <= snap.time_ms - self.read_ms < READ_MS: return False
+    if self.unwritten or self.held or self.drift or self.rest != face(snap) or not 0 <= snap.time_ms - self.read_ms < READ_MS: return False
     working = {o.client_id for o in snap.orders}
     return all(l.outcome == ACK and l.id in working for l in self.sent)
 
@@ -250,8 +277,8 @@ def _undone(self: Desk, snap: Snapshot, fills: Sequence[Fill]) -> bool:
 # %% ../../nbs/trading/03_desk.ipynb #ed748504
 def _names(self: Desk, listing: Sequence[Order] | None = None) -> dict[str, str]: # Venue order id -> client id
     "Whose order is it? From the journal, from what the journal has not taken yet, and from the venue's list."
-    return {**self.journal.book.orders, **{l.order_id: l.id for l in self.loose.values() if l.order_id},
-            **{o.order_id: o.client_id for o in listing or () if o.client_id}}
+    held = {body["order_id"]: key for key, body in self.pending("outcome").items() if body["order_id"]}
+    return ChainMap({o.order_id: o.client_id for o in listing or () if o.client_id}, held, self.journal.book.orders)
 
 
 Desk._names = _names
@@ -267,7 +294,7 @@ Desk._must_list, Desk._undone, Desk._oldest = _must_list, _undone, _oldest
 # %% ../../nbs/trading/03_desk.ipynb #c0ae0538
 def _book_fills(self: Desk, fills: Sequence[Fill], names: Mapping[str, str]) -> None:
     "Journal and book fills that are new."
-    waiting = {key for kind, key, _ in self.unwritten if kind == "fill"}
+    waiting = self.pending("fill")
     for f in fills:
         if f.fill_id in self.journal.book.seen["fill"] or f.fill_id in waiting: continue
         client_id = names.get(f.order_id, "")
@@ -307,9 +334,9 @@ def _book(self: Desk, body: Mapping[str, Any]) -> None:
 # %% ../../nbs/trading/03_desk.ipynb #80bc42de
 def _book_bills(self: Desk, bills: Sequence[Any]) -> None:
     "Journal and book bills that are new; those from before our first reading are part of the starting balance."
-    known_ids = self.journal.book.seen["funding"] | {key for kind, key, _ in self.unwritten if kind == "funding"}
+    booked, waiting = self.journal.book.seen["funding"], self.pending("funding")
     for b in bills:
-        if b.bill_id in known_ids or b.time_ms < self.started_ms or b.asset not in ("", "USDT", "SUSDT"): continue
+        if b.bill_id in booked or b.bill_id in waiting or b.time_ms < self.started_ms or b.asset not in ("", "USDT", "SUSDT"): continue
         body = {"kind": b.kind, "symbol": b.symbol, "amount": float(b.amount), "time_ms": b.time_ms}
         self.note([("funding", b.bill_id, body)])
         self.mirror.credit(body["amount"], moves_money(b.kind))
@@ -339,7 +366,7 @@ Desk.started_ms = 0
 # %% ../../nbs/trading/03_desk.ipynb #56bb5081
 def _find_lost(self: Desk, orders: Sequence[Order]) -> None:
     "Write down orders of ours that the journal does not know."
-    waiting = {key for kind, key, _ in self.unwritten if kind == "intent"}
+    waiting = set(self.pending("intent"))
     for o in orders:
         name = o.client_id
         if not name.startswith(OURS) or name in self.journal.book.seen["intent"] or name in waiting or name in self.foreign: continue
@@ -350,8 +377,8 @@ def _find_lost(self: Desk, orders: Sequence[Order]) -> None:
             continue
         waiting.add(name)
         line = Line(name, found, self.venue.now_ms())
+        self.loose[name] = line
         self.note([("intent", name, found)])
-        if self.unwritten: self.loose[name] = line
         self.since_ms = max(0, min(self.since_ms, o.created_ms - OVERLAP_MS))
         self.emit("order", id=name, outcome=UNKNOWN, order_id=o.order_id, error="found at the venue, in no journal", **found)
 

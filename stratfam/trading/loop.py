@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core import Bars, ConfigError, Env, Policy, StratfamError, as_step, digest, hold, step_name
 from ..data.features import build
-from ..market.account import Costs, pack_market
+from ..market.account import Costs, Market, pack_market
 from ..market.backtest import act_safely
 from ..market.observe import gate_inputs, scaled
 from ..risk.gate import ACTIVE, HALTED, pack_senses, reasons
@@ -300,10 +300,12 @@ def _quotes(self: Loop, which: Sequence[int]) -> None: # Positions of symbols
 Loop.fetch, Loop.quotes = _fetch, _quotes
 
 # %% ../../nbs/trading/04_loop.ipynb #4f811632
-def _think(self: Loop, bars: Bars, close_ms: int, spread: np.ndarray) -> dict[str, Any]: # The decision, as it is journaled
+def _think(self: Loop, bars: Bars, close_ms: int, spread: np.ndarray,
+           market: Market | None = None, # The bars, packed already
+          ) -> dict[str, Any]: # The decision, as it is journaled
     "From bars to gated targets (in the mirror's slots)."
     s, N, last = self.setup, len(self.setup.symbols), len(bars) - 1
-    market = pack_market(bars, Costs(slippage_bps=0.0))
+    market = market or pack_market(bars, Costs(slippage_bps=0.0))
     features = build(bars, s.features)
     x = scaled(self.policy.spec, features)
     whole = np.isfinite(x[len(x) - self.policy.spec.window:]).all(axis=(0, 2))
@@ -315,7 +317,7 @@ def _think(self: Loop, bars: Bars, close_ms: int, spread: np.ndarray) -> dict[st
         wish.weight[0, ~whole] = np.nan
     live = {"spread": np.vstack([np.full((last, N), np.nan), spread[None]])}
     if self.venue.live: live["verdict_ok"] = np.full(len(bars), close_ms * 10**6 < self.permit.expires_ns)
-    senses = pack_senses(gate_inputs(bars, s.limits, s.window, **live), market.bars["mark"], market.bars["ok"])
+    senses = pack_senses(gate_inputs(bars, s.limits, s.window, first=last, **live), market.bars["mark"], market.bars["ok"])
     self.mirror.decide(wish, senses, last, close_ms, not whole.all())
     show = lambda v: [None if not math.isfinite(f) else round(float(f), 10) for f in v]
     slots = self.mirror.state.slots[0]
@@ -332,13 +334,14 @@ def _cycle(self: Loop, close_ms: int) -> None:
     self.point("cycle")
     self.lever()
     bars = self.window.bars()
-    rows = pack_market(bars, Costs(slippage_bps=0.0)).bars
+    market = pack_market(bars, Costs(slippage_bps=0.0))
+    rows = market.bars
     for i in range(max(0, len(bars) - 1 - max(0, (close_ms - self.mirror.marked_ms) // self.window.ms - 1)), len(bars)):
         self.mirror.mark(rows[i], close_ms - (len(bars) - 1 - i) * self.window.ms)
     self.closes = rows["mark"][-1].copy()
     self.mirror.account["equity"] = self.mirror.value(self.closes)
     self.quotes(range(len(self.closes)))
-    decision = self.think(bars, close_ms, self.spread)
+    decision = self.think(bars, close_ms, self.spread, market)
     self.bar_ms = close_ms
     wants, room = self._wants(self.mid)
     self.point("decided")

@@ -55,11 +55,11 @@ class Session(Loop):
         self.saw: dict[str, Any] = {"setup": encode(setup, {}), "about": dict(about or {}), "live": self.venue.live,
                                     "expires_ns": int(self.permit.expires_ns)}
 
-    def think(self, bars, close_ms: int, spread: np.ndarray) -> dict[str, Any]:
+    def think(self, bars, close_ms: int, spread: np.ndarray, market: Any = None) -> dict[str, Any]:
         "Note what is on the table, then decide."
         wide = [float(v) if np.isfinite(v) else None for v in spread]
         self.saw |= {"close_ms": close_ms, "bars": self.tape.new(self.window), "spread": wide}
-        return super().think(bars, close_ms, spread)
+        return super().think(bars, close_ms, spread, market)
 
     def moment(self) -> tuple[str, str, dict]:
         "The state entry, and with it what the last decision saw."

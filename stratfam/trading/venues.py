@@ -17,7 +17,7 @@ from ..core import Bars, ConfigError, Env, VirtualClock, digest
 from ..weex.client import DAY_MS, OrderRequest, WeexAPIClient
 from ..weex.exchange import Exchange, add_user
 from ..weex.gateway import FaultPlan, InProcessTransport
-from ..weex.replies import Bill, Fill, Kline, Order, Position, SymbolInfo, Ticker, order_from, rows
+from ..weex.replies import Bill, Fill, Kline, Order, Position, SymbolInfo, Ticker, rows
 from ..weex.symbols import close_ms
 from ..weex.wire import Credentials, Outcome, PermissionDenied
 
@@ -126,8 +126,10 @@ def closed_bars(page: Sequence[Kline], # In any order, perhaps twice, perhaps un
                ) -> list[Kline]: # Sorted, one per opening time, closed and possible
     "The bars one may act on."
     best: dict[int, Kline] = {}
+    length = close_ms(0, interval) if interval != "1M" else 0
     for k in page:
-        if k.sane and close_ms(k.open_ms, interval) <= now_ms and (k.open_ms not in best or k.volume >= best[k.open_ms].volume): best[k.open_ms] = k
+        end = k.open_ms + length if length else close_ms(k.open_ms, interval)
+        if k.sane and end <= now_ms and (k.open_ms not in best or k.volume >= best[k.open_ms].volume): best[k.open_ms] = k
     return [best[t] for t in sorted(best)]
 
 # %% ../../nbs/trading/00_venues.ipynb #94b1b77d
@@ -169,7 +171,7 @@ WeexVenue.snapshot, WeexVenue.fills, WeexVenue.funding = _snapshot, _fills, _fun
 def _triggers_since(self: WeexVenue, since_ms: int) -> tuple[list[Order], dict[str, str]]: # Orders; child order id -> client id
     "Conditional orders that are over, and what they became."
     raw = self.client.read("trigger_history", startTime=since_ms, endTime=self.now_ms() + 1000, limit=1000)
-    found = [(order_from(r, self.client.our_symbol), r.id("actualOrderId", default="0")) for r in rows(raw, "trigger history", "orders")]
+    found = [(self.client._order(r), r.id("actualOrderId", default="0")) for r in rows(raw, "trigger history", "orders")]
     return [o for o, _ in found], {child: o.client_id for o, child in found if child.strip("0")}
 
 # %% ../../nbs/trading/00_venues.ipynb #6ef513fa

@@ -323,7 +323,7 @@ Watch.at, Watch._looked = _at, _looked
 def _transfers(self: Watch) -> float:
     "Deposits and withdrawals that the loop has booked, and what it found and nobody explained."
     desk = self.sim.loop.desk
-    booked = desk.journal.book.seen["funding"] | {key for kind, key, _ in desk.unwritten if kind == "funding"}
+    booked = desk.journal.book.seen["funding"] | desk.pending("funding").keys()
     return sum(amount for name, amount in self.sim.transfers if name in booked) + max(0.0, desk.mirror.odd)
 
 
@@ -440,7 +440,7 @@ def _ended(self: Watch) -> None:
     if abs(found.peak - self.gauge.peak) > 1e-9 * max(1.0, found.peak):
         self.fail("R8", f"the peak went from {self.gauge.peak:.6f} to {found.peak:.6f} between two decisions")
     self.gauge.blocked, self.gauge.bar_ms = found.blocked, found.bar_ms
-    if not desk.unwritten: self.kept = replace(self.gauge)
+    if not desk.unwritten and not desk.held: self.kept = replace(self.gauge)
     self.disturbed()
     heard = sim.true.now_ns() - self.trouble_ns > BAN_S * 1e9 and not sim.disk.full and not sim.transport.latency
     self.shut = self.shut + 1 if sim.locked_out and heard else 0

@@ -215,6 +215,7 @@ class WeexAPIClient:
         self.market, self.dialect, self.demo, self.credentials, self.log = market, dialect, demo, credentials, log
         self.table, self.base = TABLES[market, dialect, demo], check_base(base_url or HOSTS[market])
         self.env = env or Env()
+        self.orders_read: dict[Any, tuple[Mapping, Order]] = {} # By the venue's id: its row as it last came, and what it says
         self.transport: Transport = self.env.transport or RequestsTransport(self.env.clock)
         default = SPOT_BUDGETS if market == "spot" else BUDGETS
         self.limiter = RateLimiter(self.env, default if budgets is None else budgets)
@@ -302,13 +303,17 @@ def _note(self: WeexAPIClient, request: Request, answer: Response | None, error:
 
 
 def _exchange(self: WeexAPIClient, name: str, query: Mapping | None = None, body: Mapping | None = None, urgent: bool = False) -> Any:
-    "One request; signed once more, with the same body, when the venue finds the timestamp expired."
+    "One request; signed once more, with the same body, when the venue finds the timestamp expired. A refusal, not NotSent: the first one left."
     e = self.endpoint(name)
     try: return self._attempt(e, query, body, urgent)
-    except TimestampExpired as expired:
+    except TimestampExpired as error:
+        expired = error
         try: self.sync_clock()
         except WeexError: raise expired from None
-    return self._attempt(e, query, body, urgent)
+    try: return self._attempt(e, query, body, urgent)
+    except NotSent:
+        if e.kind in ("public", "read"): raise
+        raise expired from None
 
 
 WeexAPIClient._send, WeexAPIClient._attempt, WeexAPIClient._note, WeexAPIClient._exchange = _send, _attempt, _note, _exchange
@@ -764,6 +769,20 @@ def _windows(self: WeexAPIClient, name: str, parse: Callable[[Row], Any], key: C
 
 WeexAPIClient._pages, WeexAPIClient._windows = _pages, _windows
 
+# %% ../../nbs/weex/02_client.ipynb #b7e3ea41
+def _order(self: WeexAPIClient, row: Row) -> Order:
+    "An order from a list; of an unchanged row the order read before."
+    key = row.raw.get("orderId", row.raw.get("algoId"))
+    was = self.orders_read.get(key) if isinstance(key, (str, int)) else None
+    if was is not None and was[0] == row.raw: return was[1]
+    found = order_from(row, self.our_symbol)
+    if len(self.orders_read) >= 10_000: self.orders_read.clear()
+    self.orders_read[key] = row.raw, found
+    return found
+
+
+WeexAPIClient._order = _order
+
 # %% ../../nbs/weex/02_client.ipynb #a71f1759
 def order(self: WeexAPIClient, order_id: str | None = None, client_id: str | None = None) -> Order:
     "One order; by client id on spot only."
@@ -778,14 +797,14 @@ def order(self: WeexAPIClient, order_id: str | None = None, client_id: str | Non
 
 def open_orders(self: WeexAPIClient, symbol: str | None = None) -> list[Order]:
     "Every working normal order."
-    query, parse = {"symbol": self.wire_symbol(symbol)}, lambda r: order_from(r, self.our_symbol)
+    query, parse = {"symbol": self.wire_symbol(symbol)}, self._order
     if self.market == "spot": return self._read("open_orders", lambda raw: [parse(r) for r in rows(raw, "open_orders")], query)
     return self._pages("open_orders", parse, lambda o: o.order_id, query, 100)
 
 # %% ../../nbs/weex/02_client.ipynb #94df2ff2
 def order_history(self: WeexAPIClient, start_ms: int, end_ms: int, symbol: str | None = None) -> list[Order]:
     "Orders made between two times (inclusive, at most 90 days apart), normal and conditional; spot needs a symbol."
-    parse, key = lambda r: order_from(r, self.our_symbol), lambda o: o.order_id
+    parse, key = self._order, lambda o: o.order_id
     if not 0 <= end_ms - start_ms <= 90 * DAY_MS: raise ConfigError("Order history: at most 90 days, and the end not before the start.")
     query = {"symbol": None if self.demo else self.wire_symbol(symbol), "startTime": start_ms, "endTime": end_ms}
     if self.dialect == "v2":
@@ -830,7 +849,7 @@ WeexAPIClient.fills, WeexAPIClient.bills = fills, bills
 # %% ../../nbs/weex/02_client.ipynb #d4b8b26d
 def open_triggers(self: WeexAPIClient, symbol: str | None = None) -> list[Order]:
     "Every waiting conditional order."
-    parse, key = lambda r: order_from(r, self.our_symbol), lambda o: o.order_id
+    parse, key = self._order, lambda o: o.order_id
     return self._pages("open_triggers", parse, key, {"symbol": self.wire_symbol(symbol)}, 100, first=1)
 
 
@@ -838,7 +857,7 @@ def trigger_history(self: WeexAPIClient, start_ms: int, end_ms: int, symbol: str
     "Conditional orders made between two times (inclusive, at most 90 days apart) that have fired or were cancelled."
     if not 0 <= end_ms - start_ms <= 90 * DAY_MS: raise ConfigError("Trigger history: at most 90 days, and the end not before the start.")
     limit, query = (100, {"pageSize": 100}) if self.dialect == "v2" else (1000, {})
-    found = self._windows("trigger_history", lambda r: order_from(r, self.our_symbol), lambda o: o.order_id,
+    found = self._windows("trigger_history", self._order, lambda o: o.order_id,
                           {"symbol": self.wire_symbol(symbol)} | query, start_ms, end_ms, limit)
     return [o for o in found if symbol in (None, o.symbol) and start_ms <= o.created_ms <= end_ms]
 

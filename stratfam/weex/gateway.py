@@ -15,7 +15,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import numpy as np
 
@@ -210,7 +210,7 @@ class FaultPlan:
                 del self.forced[i]
                 self.counts[kind] += 1
                 return kind
-        if not self.on: return None
+        if not (self.on and self.rates): return None
         u = next(self.dice)
         for kind, rate in self.rates.items():
             if kind not in kinds: continue
@@ -319,8 +319,7 @@ class InProcessTransport:
 
     def send(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> Response:
         "Send one request; raises `Refused`, `Reset` or `NoAnswer` when the plan says so."
-        parts = urlsplit(url)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = "/" + url.partition("://")[2].partition("/")[2]
         if self.latency: self.clock.sleep(self.latency)
         advance_to(self.gateway.x, self.clock.now_ns())
         try: return self.door.serve_one(method, target, headers, body or b"")

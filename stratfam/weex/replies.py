@@ -84,6 +84,18 @@ def _flag(v: Any) -> bool:
 # %% ../../nbs/weex/01_replies.ipynb #a56a917d
 REQUIRED = object()
 
+def _field(read: Callable[[Any], Any]) -> Callable[..., Any]:
+    "A method of `Row`: the first of these names that is there, as `read` reads it."
+    def field(row: "Row", *names: str, default: Any = REQUIRED) -> Any:
+        for n in names:
+            v = row.raw.get(n)
+            if v is None: continue
+            try: return read(v)
+            except ValueError as e: raise Malformed(f"{row.what}: field {n!r} is {e}.") from None
+        if default is REQUIRED: raise Malformed(f"{row.what}: field {names[0]!r} is missing.")
+        return default
+    return field
+
 # %% ../../nbs/weex/01_replies.ipynb #d1a5c18a
 class Row:
     "One JSON object of an answer, read field by field."
@@ -93,20 +105,7 @@ class Row:
         if not isinstance(raw, dict): raise Malformed(f"{what}: expected an object, found {type(raw).__name__}.")
         self.raw, self.what = raw, what
 
-    def _get(self, read: Callable, names: tuple[str, ...], default: Any) -> Any:
-        for n in names:
-            v = self.raw.get(n)
-            if v is None: continue
-            try: return read(v)
-            except ValueError as e: raise Malformed(f"{self.what}: field {n!r} is {e}.") from None
-        if default is REQUIRED: raise Malformed(f"{self.what}: field {names[0]!r} is missing.")
-        return default
-
-    def number(self, *names: str, default: Any = REQUIRED) -> Decimal: return self._get(money, names, default)
-    def id(self, *names: str, default: Any = REQUIRED) -> str: return self._get(_ident, names, default)
-    def millis(self, *names: str, default: Any = REQUIRED) -> int: return self._get(_millis, names, default)
-    def text(self, *names: str, default: Any = REQUIRED) -> str: return self._get(_word, names, default)
-    def flag(self, *names: str, default: Any = REQUIRED) -> bool: return self._get(_flag, names, default)
+    number, id, millis, text, flag = (_field(read) for read in (money, _ident, _millis, _word, _flag))
 
 # %% ../../nbs/weex/01_replies.ipynb #25400dba
 SUCCESS = ("200", "00000", "0")

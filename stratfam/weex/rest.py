@@ -10,15 +10,20 @@ __all__ = ['INTERVALS', 'MONDAY', 'SIDES', 'POSITIONS', 'SIDE', 'POSITION', 'TIF
            'ticker', 'klines', 'history_klines', 'symbol_price', 'open_interest', 'settled', 'funding_history',
            'premium_index', 'balance_row', 'liquidation_price', 'position_row', 'futures', 'conditional', 'may_trade',
            'balances', 'positions', 'single_position', 'commission_rate', 'account_config', 'leverage_row',
-           'symbol_config', 'done', 'margin_type', 'leverage', 'position_margin', 'auto_append', 'window', 'income',
-           'visible', 'average', 'order_row', 'algo_row', 'accepted', 'refused', 'ticks', 'lots_of', 'place_order',
-           'no_batch', 'find', 'cancel_order', 'cancel_batch', 'cancel_all', 'get_order', 'open_orders',
+           'symbol_config', 'done', 'margin_type', 'leverage', 'position_margin', 'auto_append', 'window', 'newest',
+           'income', 'visible', 'average', 'order_row', 'algo_row', 'accepted', 'refused', 'ticks', 'lots_of',
+           'place_order', 'no_batch', 'find', 'cancel_order', 'cancel_batch', 'cancel_all', 'get_order', 'open_orders',
            'order_history', 'user_trades', 'close_positions', 'place_conditional', 'place_tp_sl', 'modify_tp_sl',
            'cancel_conditional', 'cancel_all_conditional', 'open_conditional', 'conditional_history', 'upload_ai_log']
 
 # %% ../../nbs/weex/04_rest.ipynb #5849e38a
 import hashlib
+import itertools
 import re
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -129,15 +134,19 @@ def candles(x: Exchange, m: Market, interval: str, limit: int, start: int = 0, e
     span = INTERVALS.get(interval, 28 * 86400) * 10**9
     if span < f.step or (interval != "1M" and span % f.step): raise wrong("interval")
     shown = (f.event + 1) // 2 # bars of which at least the open is known
-    last = int(np.searchsorted(f.bars.time.astype("i8"), min(end, x.now), "right"))
+    last = bisect_right(f.time, min(end, x.now))
     first = max(0, min(last, shown) - (limit + 2) * max(1, -(-(span if interval != "1M" else 31 * 86400 * 10**9) // f.step)))
-    if end < x.now: shown = min(shown, int(np.searchsorted(f.bars.time.astype("i8"), _slot_end(int(_slots(np.array([end]), interval)[0]), interval))))
+    if end < x.now: shown = min(shown, bisect_left(f.time, _slot_end(int(_slots(np.array([end]), interval)[0]), interval)))
     rows = np.flatnonzero(f.bars.ok[first:shown, n]) + first
     if not len(rows): return []
-    time = f.bars.time.astype("i8")[rows]
+    time = np.array(f.time[first:shown])[rows - first]
     o, h, l, c = (v[rows, n].copy() for v in (f.open, f.high, f.low, f.close))
     volume = np.nan_to_num(f.bars.volume[rows, n])
     if f.event % 2 and rows[-1] == f.event // 2: h[-1] = l[-1] = c[-1] = o[-1]; volume[-1] = 0.0
+    if span == f.step and interval not in ("1w", "1M"): # The bars' own length: each is a candle, unless they lie off the calendar's grid
+        if not (time % span).any():
+            out = zip(time.tolist(), o.tolist(), h.tolist(), l.tolist(), c.tolist(), volume.tolist(), (volume * c).tolist())
+            return [(*r, r[0] + span) for r in out if start <= r[0] <= end][-limit:]
     slot = _slots(time, interval)
     cut = np.flatnonzero(np.diff(slot, prepend=slot[0] - 1))
     ends = np.append(cut[1:], len(slot)) - 1
@@ -472,13 +481,18 @@ def window(p: dict, days: int, both: bool = False) -> tuple[int, int]: # ms
         if end - start > days * 86_400_000: raise Refusal(-1170, f"Time range cannot exceed {days} days.")
     return start or 0, 2**63 if end is None else end
 
+# %% ../../nbs/weex/04_rest.ipynb #2b4cf887
+def newest(file: deque, start: int, when: Callable[[Any], int]) -> Iterator[Any]:
+    "The rows of a file that lie in the order of `when`: newest first, down to `start`."
+    return itertools.takewhile(lambda row: when(row) >= start, reversed(file))
+
 # %% ../../nbs/weex/04_rest.ipynb #f0bf5960
 def income(x: Exchange, u: dict, p: dict) -> dict:
     "POST income: the bills, newest first."
     a, limit = futures(u), integer(p, "limit", 20, 1, 100)
     start, end = window(p, 100, both=True)
     wanted = {2: p.get("symbol"), 4: p.get("incomeType"), 1: p.get("asset") or p.get("currency")}
-    rows = [b for b in reversed(a.bills) if start <= b[7] <= end and all(v in (None, "", b[i]) for i, v in wanted.items())]
+    rows = [b for b in newest(a.bills, start, lambda b: b[7]) if b[7] <= end and all(v in (None, "", b[i]) for i, v in wanted.items())]
     items = [{"billId": str(i), "asset": coin, "symbol": sym, "income": money(n), "incomeType": what, "balance": money(after), "fillFee": money(fee),
               "time": str(t), "transferReason": "UNKNOWN_TRANSFER_REASON"} for i, coin, sym, n, what, after, fee, t in rows[:limit]]
     return {"hasNextPage": len(rows) > limit, "nextKey": items[-1]["billId"] if len(rows) > limit else None, "items": items}
@@ -649,7 +663,8 @@ def order_history(demo: bool = False):
         a = futures(u, demo)
         only = market_of(x, "contract", p, a) if p.get("symbol") else None
         (start, end), limit, page = window(p, 90), integer(p, "limit", 500, 1, 1000), integer(p, "page", 0)
-        rows = [o for o in reversed(a.closed) if only in (None, o["market"]) and start <= o["created"] <= end and visible(x, o)]
+        file = newest(a.closed, start, lambda o: o["updated"])
+        rows = [o for o in file if only in (None, o["market"]) and start <= o["created"] <= end and visible(x, o)]
         return [order_row(x, o) for o in rows[page * limit:(page + 1) * limit]]
     return handler
 
@@ -659,7 +674,7 @@ def user_trades(x: Exchange, u: dict, p: dict) -> list:
     a = futures(u)
     only = market_of(x, "contract", p) if p.get("symbol") else None
     (start, end), limit, oid = window(p, 10**6), integer(p, "limit", 100, 1, 100), integer(p, "orderId", None)
-    rows = [f for f in reversed(a.fills) if only in (None, f[2]) and start <= f[11] <= end and oid in (None, f[1])]
+    rows = [f for f in newest(a.fills, start, lambda f: f[11]) if f[11] <= end and only in (None, f[2]) and oid in (None, f[1])]
     return [{"id": i, "orderId": order, "symbol": a.name_of(m), "buyer": side > 0, "commission": money(fee), "commissionAsset": a.asset,
              "maker": maker, "price": text(price, m.price_digits), "qty": text(n, m.qty_digits), "quoteQty": money(value), "realizedPnl": money(pnl),
              "side": SIDE[side], "positionSide": POSITION[pos], "time": t}
@@ -761,7 +776,8 @@ def conditional_history(x: Exchange, u: dict, p: dict) -> dict:
     a = conditional(u)
     only = market_of(x, "contract", p, a) if p.get("symbol") else None
     (start, end), limit = window(p, 90), integer(p, "limit", 500, 1, 1000)
-    rows = [g for g in reversed(a.closed_algos) if only in (None, g["market"]) and start <= g["created"] <= end and visible(x, g)]
+    file = newest(a.closed_algos, start, lambda g: g["updated"])
+    rows = [g for g in file if only in (None, g["market"]) and start <= g["created"] <= end and visible(x, g)]
     return {"orders": [algo_row(x, g) for g in rows[:limit]], "hasMore": len(rows) > limit}
 
 # %% ../../nbs/weex/04_rest.ipynb #b2c45d18
