@@ -146,7 +146,7 @@ BUGS = [
     bug("resumed_in_memory_only", "loop", "Loop.resume", '("note", "resume", {"reason": reason, "was": was}), self.moment()',
         '("note", "resume", {"reason": reason, "was": was})',
         ("operator", "chat", "crash")),
-    bug("resumed_without_the_disk", "loop", "Loop.resume", "self.mirror.state.gate[0] = gate", "pass", ("operator", "chat", "disk")),
+    bug("resumed_without_the_disk", "loop", "Loop.resume", "self.mirror.restore(before)", "pass", ("operator", "chat", "disk")),
     bug("no_reset_at_a_resume", "mirror", "Mirror.reset", "self.state.gate[:] = gate_state(1, equity)",
         'self.gate["kill"] = self.gate["state"] = self.gate["cause"] = 0',
         ("operator", "chat")),
