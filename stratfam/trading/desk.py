@@ -315,7 +315,7 @@ def _book_fills(self: Desk, fills: Sequence[Fill], names: Mapping[str, str]) -> 
 
 # %% ../../nbs/trading/03_desk.ipynb #950160c8
 def _may_be_ours(self: Desk, symbol: str) -> bool:
-    "Is the fate of one of our orders in this symbol unknown, a refusal not yet looked up? Then a fill without a name waits until it is known (seed 5117)."
+    "Is one of our orders in this symbol unknown, or a refusal not looked up yet? Then a fill without a name waits (seed 5117)."
     return any(l.body["symbol"] == symbol and l.outcome != ACK for l in self.sent)
 
 

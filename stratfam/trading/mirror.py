@@ -184,8 +184,8 @@ def venue_lots(snap: Snapshot, grids: Mapping[str, Grid], symbols: Sequence[str]
 def _dump(self: Mirror) -> dict[str, Any]:
     "The mirror as plain JSON."
     acct, gates, slots, pos = self.state
-    return {"symbols": list(self.symbols), "marked_ms": self.marked_ms, "odd": self.odd, "account": record_json(acct[0]), "gate": record_json(gates[0]),
-            "slots": [record_json(r) for r in slots[0]], "pos": [record_json(r) for r in pos[0]]}
+    return {"symbols": list(self.symbols), "marked_ms": self.marked_ms, "odd": self.odd, "account": record_json(acct[0]),
+            "gate": record_json(gates[0]), "slots": [record_json(r) for r in slots[0]], "pos": [record_json(r) for r in pos[0]]}
 
 # %% ../../nbs/trading/01_mirror.ipynb #c4866a8a
 def _restore(self: Mirror, found: Mapping[str, Any]) -> None:

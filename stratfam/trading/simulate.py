@@ -38,7 +38,7 @@ from ..weex.wire import RequestsTransport
 # %% ../../nbs/trading/05_simulate.ipynb #d5008fd0
 OURS = ("clock", "disk", "crash", "gap", "policy", "person", "deposit", "operator", "late", "misread", "doubled")
 NETWORK = tuple(k for k in FAULTS if k != "duplicate_request") # Ours is called doubled, and strikes orders only
-LATER = ("jump", "caps", "slow", "keys", "chat", "verdict", "waiver", "withdrawal", "late_fills", "inherited", "mystery") # Drawn apart, so that older seeds keep their weather
+LATER = ("jump", "caps", "slow", "keys", "chat", "verdict", "waiver", "withdrawal", "late_fills", "inherited", "mystery") # Drawn apart
 KINDS = (*OURS, *NETWORK, *LATER)
 
 class Crash(BaseException):
@@ -331,11 +331,12 @@ def _limits(w: Weather) -> Limits:
     leverage = float(rng.choice([0.5, 1.0, 3.0]))
     pick = lambda *options: options[int(rng.integers(len(options)))]
     tight = {"max_weight": 0.4 * leverage, "min_confidence": 0.3} if "caps" in w.kinds else {}
-    return limits_from(limits_from(max_leverage=leverage, max_weight=leverage, stop_loss=pick(None, 0.01, 0.03, 0.1), take_profit=pick(None, 0.02, 0.08),
+    most = limits_from(max_leverage=leverage, max_weight=leverage, stop_loss=pick(None, 0.01, 0.03, 0.1), take_profit=pick(None, 0.02, 0.08),
                        trailing=pick(None, None, 0.02), max_bars=pick(None, 5), max_drawdown=pick(0.1, 0.25, 0.5), daily_loss=pick(None, 0.05),
-                       lock_bars=pick(0, 2), allow_flip=pick(True, False)), **tight)
+                       lock_bars=pick(0, 2), allow_flip=pick(True, False))
+    return limits_from(most, **tight)
 
-
+# %% ../../nbs/trading/05_simulate.ipynb #7bbc17a6
 def _paper(self: Simulation) -> None:
     "What stands for a whole schedule: small orders, a verdict that ends, a waiver."
     w, rng = self.w, generator("paper", self.w.seed)
@@ -351,7 +352,7 @@ def _paper(self: Simulation) -> None:
     self.expires_ns = FOREVER if self.verdict is None else int(ends.astype("i8"))
     self.most = 3_000.0 if "waiver" in w.kinds else np.inf
 
-
+# %% ../../nbs/trading/05_simulate.ipynb #1ce7ca5e
 def _permitted(self: Simulation) -> Permit:
     "The permission a process starts with, or the refusal."
     live, now = self.expiring or "waiver" in self.w.kinds, np.datetime64(self.true.now_ns(), "ns")
@@ -434,7 +435,9 @@ def _meddle(self: Simulation) -> None:
     if free and p["market"].live: exchange_place(self.exchange, self.account, p["market"], -p["side"], p["side"], free, client="person")
 
 
+Simulation.strike, Simulation._meddle = _strike, _meddle
 
+# %% ../../nbs/trading/05_simulate.ipynb #0f5f8b6d
 def _transfer(self: Simulation, amount: int, kind: str) -> None: # USDT, signed
     "Money arrives or leaves; it does not leave when it is needed."
     if amount < 0 and available(self.account) + amount * 10**MONEY_DIGITS < equity(self.account) // 2: return
@@ -457,9 +460,12 @@ def _inherit(self: Simulation) -> None:
     self.counts["inherited"] += 1
 
 
+Simulation._transfer, Simulation._wonder, Simulation._inherit = _transfer, _wonder, _inherit
+
+# %% ../../nbs/trading/05_simulate.ipynb #f675aefa
 def _lock(self: Simulation) -> None:
     "The venue refuses our key, or takes it again; an operator who sees that asks to go on."
-    self.exchange.users[str(PAPER.key)]["ips"] = () if self.locked_out else ("10.9.9.9",)
+    self.exchange.users[str(PAPER.key)]["ips"] = () if self.locked_out else ("127.0.0.9",)
     self.halts += 1
     if not self.locked_out: self.switch.again = "the key works again"
 
@@ -470,8 +476,7 @@ def _chat(self: Simulation) -> None:
     if not self.chat: self.switch.again = "looked at it"
 
 
-Simulation.strike, Simulation._meddle, Simulation._transfer, Simulation._lock, Simulation._chat = _strike, _meddle, _transfer, _lock, _chat
-Simulation._wonder, Simulation._inherit = _wonder, _inherit
+Simulation._lock, Simulation._chat = _lock, _chat
 
 # %% ../../nbs/trading/05_simulate.ipynb #a7fd56ae
 def _live_until(self: Simulation, end_ns: int) -> None:

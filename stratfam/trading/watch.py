@@ -23,7 +23,7 @@ from ..risk.limits import Limits
 from .venues import PAPER, WeexVenue
 from ..weex.client import OrderRequest
 from ..weex.exchange import MONEY_DIGITS, check, equity
-from ..weex.replies import Order
+from ..weex.replies import Order, Ticker
 from ..weex.wire import UNKNOWN, Outcome
 
 # %% ../../nbs/trading/04_watch.ipynb #d11fbc01
@@ -72,7 +72,7 @@ class Gauge:
     blocked: frozenset[str] = frozenset()
     bar_ms: int = 0 # The last close that was decided on or given up
 
-
+# %% ../../nbs/trading/04_watch.ipynb #2fa25da9
 @dataclass
 class Watch:
     "What the watchman has seen."
@@ -80,6 +80,8 @@ class Watch:
     broken: list[str] = field(default_factory=list)
     struck: int = 0 # Faults, when he last counted
     trouble_ns: int = 0 # When he last found more of them
+    bans: int = 0 # Of those, the ones after which the client keeps still for a while
+    banned_ns: int = 0
     quiet: bool = False # Nothing has disturbed the last look at the account
     read: bool = False # The last look at the account was read to its end
     agreed: int = -1 # Misleading answers up to the last look at which all was as it should be; -1 = unknown
@@ -89,6 +91,7 @@ class Watch:
     wish: np.ndarray | None = None # What the policy last said, where it could be used
     wished: tuple[int, np.ndarray | None] = (0, None) # Close, and what the policy said about it
     caps: dict[str, float] = field(default_factory=dict) # Most lots of each symbol, by the last decision
+    quoted: dict[str, int] = field(default_factory=dict) # When each price was last asked for, true nanoseconds
     entered: set[tuple[str, int]] = field(default_factory=set) # Symbols and closes of entries that left
     stuck: int = 0 # Quiet steps in a row that ended HALTED and holding
     stops: dict[int, int] = field(default_factory=dict) # Position -> side * trigger of the tightest stop that rested for it
@@ -105,14 +108,17 @@ def _faults(self: Watch) -> int:
     sim = self.sim
     return sum(sim.plan.counts.values()) + sum(n for kind, n in sim.counts.items() if not kind.startswith("point "))
 
-
+# %% ../../nbs/trading/04_watch.ipynb #f3ecaf88
 def _disturbed(self: Watch) -> bool:
     "Has a fault struck a moment ago, or does one last?"
     now, found = self.sim.true.now_ns(), self.faults()
     if found != self.struck: self.struck, self.trouble_ns = found, now
+    bans = sum(self.sim.plan.counts[k] for k in ("banned", "rate_limit", "rate_limit_bare", "rate_limit_bad"))
+    if bans != self.bans: self.bans, self.banned_ns = bans, now
+    if now - self.banned_ns < BAN_S * 1e9: return True
     return self.sim.disk.full or self.sim.transport.latency > 0 or bool(self.sim.true.due) or now - self.trouble_ns < TROUBLE_S * 1e9
 
-
+# %% ../../nbs/trading/04_watch.ipynb #415154ab
 def _misled(self: Watch) -> int:
     "Answers that were whole and wrong, so far, and money that moved without a bill."
     return sum(self.sim.plan.counts[k] for k in ("stale_reply", "swapped_reply")) + self.sim.counts["mystery"]
@@ -124,6 +130,10 @@ Watch.faults, Watch.disturbed, Watch.misled = _faults, _disturbed, _misled
 class WatchedVenue(WeexVenue):
     "A venue whose orders are looked at on their way out."
     watch: Watch
+
+    def quote(self, symbol: str) -> Ticker:
+        self.watch.quoted[symbol] = self.watch.sim.true.now_ns()
+        return super().quote(symbol)
 
     def place(self, order: OrderRequest, urgent: bool) -> Outcome:
         self.watch.before(order)
@@ -137,7 +147,7 @@ class WatchedVenue(WeexVenue):
         self.watch.uncovered(order)
         return super().cancel(order)
 
-
+# %% ../../nbs/trading/04_watch.ipynb #2c6a6d0d
 @dataclass(frozen=True, eq=False)
 class Overheard:
     "A policy whose answers are noted."
@@ -179,12 +189,12 @@ def _exit(self: Watch, order: OrderRequest, lots: int) -> None:
     "R11, R13: no more than what is held and not already leaving."
     loop = self.sim.loop
     held = int(loop.mirror.lots[loop.mirror.index(order.symbol)]) * (1 if order.position_side == "LONG" else -1)
-    others = [l for l in loop.desk.open.values() if l.body["symbol"] == order.symbol and l.body["purpose"] in ("EXIT", "FLATTEN") and l.id != order.client_id]
-    leaving = sum(max(0, int(l.body["lots"]) - l.filled - l.waiting) for l in others)
+    exits = [l for l in loop.desk.open.values() if l.body["symbol"] == order.symbol and l.body["purpose"] in ("EXIT", "FLATTEN")]
+    leaving = sum(max(0, int(l.body["lots"]) - l.filled - l.waiting) for l in exits if l.id != order.client_id)
     if lots > max(0, held): self.fail("R11", f"an exit of {lots} from {held} {order.symbol}")
     elif lots > held - leaving: self.fail("R13", f"an exit of {lots} from {held} {order.symbol}, of which {leaving} are leaving")
 
-
+# %% ../../nbs/trading/04_watch.ipynb #65071c42
 def _stop(self: Watch, order: OrderRequest, m: Any, lots: int) -> None:
     "R10, R11, R15: a stop or target on the grid, on the right side, for no more than is held."
     loop = self.sim.loop
@@ -213,9 +223,13 @@ def _entry(self: Watch, order: OrderRequest, line: Any, m: Any, lots: int) -> No
     if bar * 10**6 >= sim.expires_ns: self.fail("R5", "entry after the verdict expired")
     if self._locked(s, bar): self.fail("R5", f"entry in {s} while it is locked after its stop")
     if self._strange(s): self.fail("R5", f"entry in {s} after a fill from outside that nobody has looked at")
+    held = [x for i, x in enumerate(loop.mirror.symbols) if loop.mirror.lots[i] or x == s]
+    old = max(sim.true.now_ns() - self.quoted.get(x, 0) for x in held) / 1e9
+    if old > loop.setup.fresh_s + 0.5: self.fail("R4", f"entry in {s} on a price {old:.0f} s old")
     self._asked(order, bar, n)
     self._timely(bar)
-    if s not in loop.levered or sim.account.settings(s)[1] != sim.leverage: self.fail("R23", f"{s} has leverage {sim.account.settings(s)[1]}")
+    there = sim.account.settings(s)[1]
+    if s not in loop.levered or there != sim.leverage: self.fail("R23", f"{s} has leverage {there}, wanted {sim.leverage} and read back")
     self._room(order, m, lots)
 
 # %% ../../nbs/trading/04_watch.ipynb #eb25c2a2
@@ -226,14 +240,14 @@ def _asked(self: Watch, order: OrderRequest, bar: int, n: int) -> None:
     side = 1 if order.position_side == "LONG" else -1
     if wish is None or not side * wish[n] > 0: self.fail("R6", f"nobody asked for {order.position_side} {order.symbol}")
 
-
+# %% ../../nbs/trading/04_watch.ipynb #7fddde9f
 def _timely(self: Watch, bar: int) -> None:
     "R5 and R24 by the true clock: after the close, and not long after it."
     late = self.sim.true.now_ns() / 1e9 - bar / 1e3
     if late < -CLOCKS_S: self.fail("R5", f"entry {-late:.0f} s before the close it is about")
     if late > self.sim.loop.setup.ttl_s + CLOCKS_S: self.fail("R24", f"entry {late:.0f} s after its close")
 
-
+# %% ../../nbs/trading/04_watch.ipynb #7d390e98
 def _locked(self: Watch, s: str, bar: int) -> bool:
     "Was a stop of this symbol, known to the loop, filled less than `lock_bars` bars ago?"
     book, step = self.sim.loop.journal.book.seen["fill"], self.sim.loop.setup.step_ms
@@ -241,7 +255,7 @@ def _locked(self: Watch, s: str, bar: int) -> bool:
     last = max((f[11] for f in self.sim.account.fills if f[1] in names and str(f[0]) in book), default=None)
     return last is not None and bar // step - 1 < (last - 1) // step + self.sim.limits.account.lock_bars
 
-
+# %% ../../nbs/trading/04_watch.ipynb #8e4c2b89
 def _strange(self: Watch, s: str) -> bool:
     "Has somebody else traded this symbol, and the loop booked it, since an operator last resumed?"
     x, book = self.sim.exchange, self.sim.loop.journal.book.seen["fill"]
@@ -249,7 +263,7 @@ def _strange(self: Watch, s: str) -> bool:
     return any(f[2].symbol == s and not x.orders[f[1]]["client"].startswith("sf") and str(f[0]) in book for f in new) \
         or any(name.startswith(f"adopted {s} ") for name in self._adoptions() - self.adopted)
 
-
+# %% ../../nbs/trading/04_watch.ipynb #4b06e56e
 def _adoptions(self: Watch) -> set[str]:
     "Fills that the loop has taken over from the venue's positions."
     return {name for name in self.sim.loop.journal.book.seen["fill"] if name.startswith("adopted")}
@@ -270,7 +284,7 @@ def _room(self: Watch, order: OrderRequest, m: Any, lots: int) -> None:
     gross, most = sum(n * of.last * of.unit for of, n in books), sim.limits.position.max_leverage
     if gross > most * equity(a) * (1 + 0.002 * most):
         self.fail("R1", f"{m.symbol}: gross {gross / 10**MONEY_DIGITS:.2f} for equity {equity(a) / 10**MONEY_DIGITS:.2f}")
-    if gross > sim.most * 10**MONEY_DIGITS * 1.002: self.fail("R1", f"gross {gross / 10**MONEY_DIGITS:.2f} is more than the waiver allows")
+    if gross > sim.most * 10**MONEY_DIGITS * 1.002: self.fail("R1", f"gross {gross / 10**MONEY_DIGITS:.2f}, the waiver allows {sim.most:g}")
     mine = sum(n for of, n in books if of is m)
     if mine > self.caps[m.symbol] * (1 + 1e-9): self.fail("R2", f"{mine} lots of {m.symbol}, at most {self.caps[m.symbol]:.1f} by the last decision")
 
@@ -285,7 +299,8 @@ def _uncovered(self: Watch, order: Order) -> None:
     if g is None or not g["kind"].startswith("STOP") or not self.quiet: return
     p = self.sim.account.positions.get((g["market"].symbol, g["pos"]))
     rest = sum(o["lots"] for o in self.sim.account.algos.values() if o is not g and o["kind"].startswith("STOP") and o["market"] is g["market"])
-    if p is not None and rest < p["lots"]: self.fail("R10", f"{g['market'].symbol}: cancels a stop while {p['lots']} lots are held and {rest} covered")
+    if p is None or rest >= p["lots"]: return
+    self.fail("R10", f"{g['market'].symbol}: cancels a stop while {p['lots']} lots are held and {rest} covered")
 
 
 Watch.uncovered = _uncovered
@@ -301,7 +316,7 @@ def _at(self: Watch, point: str) -> None:
     elif point == "reconciled": self._looked()
     elif point == "decided": self._decided()
 
-
+# %% ../../nbs/trading/04_watch.ipynb #263f8d88
 def _looked(self: Watch) -> None:
     "R18 at each look at the account that was read to its end."
     sim, desk = self.sim, self.sim.loop.desk
@@ -319,14 +334,14 @@ def _looked(self: Watch) -> None:
 
 Watch.at, Watch._looked = _at, _looked
 
-# %% ../../nbs/trading/04_watch.ipynb #263f8d88
+# %% ../../nbs/trading/04_watch.ipynb #d43c308c
 def _transfers(self: Watch) -> float:
     "Deposits and withdrawals that the loop has booked, and what it found and nobody explained."
     desk = self.sim.loop.desk
     booked = desk.journal.book.seen["funding"] | desk.pending("funding").keys()
     return sum(amount for name, amount in self.sim.transfers if name in booked) + max(0.0, desk.mirror.odd)
 
-
+# %% ../../nbs/trading/04_watch.ipynb #f87c5809
 def _measured(self: Watch) -> Gauge:
     "The gate's memory as it is."
     g, moved, desk = self.sim.loop.mirror.gate, self.transfers(), self.sim.loop.desk
@@ -341,9 +356,11 @@ def _decided(self: Watch) -> None:
     "R8, R9, R20: what the limits say about the equity of this close, computed again."
     sim, m, was = self.sim, self.sim.loop.mirror, self.gauge
     bar, moved, worth = sim.loop.bar_ms, self.transfers(), float(m.account["equity"])
-    self.wished, self.closes = (bar, self.wish), dict(zip(m.symbols, sim.loop.closes * [10.0 ** sim.exchange.markets["contract"][s].price_digits for s in m.symbols]))
-    self.caps = {s: sim.limits.position.max_weight * worth / (c * lot) for s, c, lot in zip(m.symbols, sim.loop.closes, m.rules.sym["lot"])}
-    if self.kept is not None and bar <= self.kept.bar_ms: self.fail("R16", f"the close {bar} is decided on twice")
+    ticks, most = [10.0 ** sim.exchange.markets["contract"][s].price_digits for s in m.symbols], sim.limits.position.max_weight * worth
+    self.wished, self.closes = (bar, self.wish), dict(zip(m.symbols, sim.loop.closes * ticks))
+    self.caps = dict(zip(m.symbols, most / (sim.loop.closes * m.rules.sym["lot"])))
+    again = str(bar) in sim.loop.journal.book.seen["decision"] or self.kept is not None and bar <= self.kept.bar_ms
+    if again: self.fail("R16", f"the close {bar} is decided on twice")
     found = self.measured()
     if was is None: self.gauge = found; return
     if found.kill and not was.kill and not sim.halts_explained(): self.fail("R20", "halted, and nobody asked for it")
@@ -386,7 +403,7 @@ def _worth(self: Watch, bar: int, worth: float) -> None:
     if abs(true / 10**MONEY_DIGITS - worth) > 1e-6 * max(1.0, abs(worth)):
         self.fail("R18", f"a decision on equity {worth:.6f}, the true one is {true / 10**MONEY_DIGITS:.6f}")
 
-
+# %% ../../nbs/trading/04_watch.ipynb #e73d56d0
 def _close_of(self: Watch, s: str, bar: int) -> float: # Ticks
     "The last true close of a symbol up to a moment."
     feed = self.sim.exchange.feeds[0]
@@ -406,18 +423,21 @@ def _wake(self: Watch) -> None:
     if kept.state == HALTED and now.state != HALTED: self.fail("R7", "a halt is forgotten at a restart")
     said = [r[3] for r in self.sim.disk.rows if r[2] == "note" and r[3] in ("halt", "resume")]
     if (kept.kill or said[-1:] == ["halt"]) and not now.kill: self.fail("R7", "an operator's halt is forgotten at a restart")
-    if now.state not in (kept.state, was.state) and not (now.kill and self.sim.halts_explained()): self.fail("R7", f"state {now.state} after a restart, it was {kept.state}")
-    if not (near(now.peak, kept.peak) or near(now.peak, was.peak)): self.fail("R8", f"the peak is {now.peak:.6f} after a restart, it was {kept.peak:.6f}")
+    if now.state not in (kept.state, was.state) and not (now.kill and self.sim.halts_explained()):
+        self.fail("R7", f"state {now.state} after a restart, it was {kept.state}")
+    if not (near(now.peak, kept.peak) or near(now.peak, was.peak)):
+        self.fail("R8", f"the peak is {now.peak:.6f} after a restart, it was {kept.peak:.6f}")
     if not any(now.day == g.day and near(now.base, g.base) for g in (kept, was)):
         self.fail("R9", f"day {now.day} began with {now.base:.6f} after a restart, it was day {kept.day} with {kept.base:.6f}")
     if gone := kept.blocked - now.blocked: self.fail("R7", f"{sorted(gone)} may be entered again after a restart")
 
-
+# %% ../../nbs/trading/04_watch.ipynb #c9e8a418
 def _resumed(self: Watch) -> None:
     "R7, R8: an operator has resumed, in so many words, and it is on the disk."
     was, self.gauge, self.resumed = self.gauge, self.measured(), len(self.sim.account.fills)
     self.adopted = self._adoptions()
-    if self.gauge.peak != self.gauge.base: self.fail("R8", f"resumed with a peak of {self.gauge.peak:.6f} and a day that began with {self.gauge.base:.6f}")
+    if self.gauge.peak != self.gauge.base:
+        self.fail("R8", f"resumed with a peak of {self.gauge.peak:.6f} and a day that began with {self.gauge.base:.6f}")
     if was is not None and self.gauge.day != was.day: self.fail("R9", f"resumed on day {self.gauge.day}, it was day {was.day}")
     self.kept = None if self.sim.disk.full else self.gauge
     rows = [r for r in self.sim.disk.rows if r[2] == "note" and r[3] == "resume"]
@@ -441,13 +461,11 @@ def _ended(self: Watch) -> None:
         self.fail("R8", f"the peak went from {self.gauge.peak:.6f} to {found.peak:.6f} between two decisions")
     self.gauge.blocked, self.gauge.bar_ms = found.blocked, found.bar_ms
     if not desk.unwritten and not desk.held: self.kept = replace(self.gauge)
-    self.disturbed()
-    heard = sim.true.now_ns() - self.trouble_ns > BAN_S * 1e9 and not sim.disk.full and not sim.transport.latency
-    self.shut = self.shut + 1 if sim.locked_out and heard else 0
-    if self.shut > 1 and found.state != HALTED: self.fail("R21", "the venue refuses our key and nothing is halted")
+    self.shut = self.shut + 1 if sim.locked_out and not self.disturbed() else 0
+    if self.shut > 2 and found.state != HALTED: self.fail("R21", "the venue refuses our key and nothing is halted")
     if self.quiet and not self.disturbed() and not any(l.outcome == UNKNOWN for l in desk.open.values()): self._calm()
 
-
+# %% ../../nbs/trading/04_watch.ipynb #a8f8de7c
 def _calm(self: Watch) -> None:
     "R8, R10, R21: nothing stood in the way of this step."
     sim, a, desk = self.sim, self.sim.account, self.sim.loop.desk
@@ -462,7 +480,7 @@ def _calm(self: Watch) -> None:
 
 Watch.ended, Watch._calm = _ended, _calm
 
-# %% ../../nbs/trading/04_watch.ipynb #a8f8de7c
+# %% ../../nbs/trading/04_watch.ipynb #2a5ad646
 def _covered(self: Watch) -> None:
     "R10: each position that is not being left has its stop, no looser than the rules and no looser than before."
     sim, a, exits = self.sim, self.sim.account, self.sim.limits.exits
@@ -471,13 +489,15 @@ def _covered(self: Watch) -> None:
     for (s, pos), p in a.positions.items():
         if s in leaving or sim.lots()[s] != sim.mine()[s]: continue
         stops = [g for g in a.algos.values() if g["market"] is p["market"] and g["pos"] == pos and g["kind"].startswith("STOP")]
-        if sum(g["lots"] for g in stops) != p["lots"]: self.fail("R10", f"{s}: {p['lots']} lots held, stops for {[g['lots'] for g in stops]}"); continue
-        loosest = min(pos * g["trigger"] for g in stops)
-        if loosest < pos * self._least(p, exits) - 1e-9 * abs(loosest): self.fail("R10", f"{s}: a stop at {loosest}, the rules say {self._least(p, exits)}")
+        if sum(g["lots"] for g in stops) != p["lots"]:
+            self.fail("R10", f"{s}: {p['lots']} lots held, stops for {[g['lots'] for g in stops]}")
+            continue
+        loosest, least = min(pos * g["trigger"] for g in stops), self._least(p, exits)
+        if loosest < pos * least - 1e-9 * abs(loosest): self.fail("R10", f"{s}: a stop at {abs(loosest)}, the rules say {least}")
         if loosest < self.stops.get(p["id"], loosest): self.fail("R10", f"{s}: the stop went back from {self.stops[p['id']]} to {loosest}")
         self.stops[p["id"]] = loosest
 
-
+# %% ../../nbs/trading/04_watch.ipynb #62fc51c9
 def _least(self: Watch, p: Mapping[str, Any], exits: Any) -> float: # Ticks
     "The level at which a stop must rest at the least: from the entry price, and from the last close that was decided on."
     levels, pos, entry = [], p["side"], p["value"] / (p["lots"] * p["market"].unit)
@@ -525,21 +545,23 @@ def _at_rest(self: Watch) -> None:
     self._journal()
     self._secrets()
 
-
+# %% ../../nbs/trading/04_watch.ipynb #3d566cb8
 def _protected(self: Watch, lots: Mapping[str, int]) -> None:
     "R10: each position has its stops, for exactly its size, and no other symbol has any."
     a, loop = self.sim.account, self.sim.loop
     for n, s in enumerate(loop.mirror.symbols):
         stops = [g["lots"] for g in a.algos.values() if g["market"].symbol == s and g["kind"].startswith("STOP")]
         wanted = abs(lots[s]) if np.isfinite(loop.mirror.pos[n]["stop"]) else 0
-        if sum(stops) != wanted or len(stops) > -(-wanted // self.sim.exchange.markets["contract"][s].max_lots): self.fail("R10", f"{s}: position {lots[s]}, stops {stops}")
+        pieces = -(-wanted // self.sim.exchange.markets["contract"][s].max_lots)
+        if sum(stops) != wanted or len(stops) > pieces: self.fail("R10", f"{s}: position {lots[s]}, stops {stops}")
 
-
+# %% ../../nbs/trading/04_watch.ipynb #24cbc99b
 def _explained(self: Watch) -> None:
     "R20: every symbol that may not be entered has a cause, and none that has passed."
     sim = self.sim
     for s, why in sim.loop.desk.blocked.items():
-        outside = sim.touched or sim.post.doubled or any(not sim.exchange.orders[f[1]]["client"].startswith("sf") for f in sim.account.fills if f[2].symbol == s)
+        whose = [sim.exchange.orders[f[1]]["client"] for f in sim.account.fills if f[2].symbol == s]
+        outside = sim.touched or sim.post.doubled or any(not name.startswith("sf") for name in whose)
         if why in ("EXTERNAL", "MIXED", "OVERFILL") and outside or why == "DELISTED" and sim.plan.counts["delist"]: continue
         self.fail("R20", f"{s} is closed for entries ({why}), and nothing of the kind has happened")
 
@@ -554,14 +576,15 @@ def _journal(self: Watch) -> None:
         if kind in ("intent", "end", "fill", "funding", "note"): rows.setdefault(kind, []).append((key, json.loads(body)))
     ends, intents = rows.get("end", []), dict(rows.get("intent", []))
     for kind in ("intent", "end", "fill", "funding"):
-        if twice := [key for key, n in Counter(key for key, _ in rows.get(kind, [])).items() if n > 1]: self.fail("R17", f"{kind} {twice[0]} stands twice in the journal")
+        twice = [key for key, n in Counter(key for key, _ in rows.get(kind, [])).items() if n > 1]
+        if twice: self.fail("R17", f"{kind} {twice[0]} stands twice in the journal")
     open_ = set(self.sim.loop.desk.open)
     if set(intents) != {key for key, _ in ends} | open_: self.fail("R17", "an intent without an end, or an end without an intent")
     self._ends(ends, intents)
     self._fills(rows.get("fill", []))
     self._bills(rows.get("funding", []), rows.get("fill", []))
 
-
+# %% ../../nbs/trading/04_watch.ipynb #f7e5830c
 def _ends(self: Watch, ends: Sequence[tuple[str, dict]], intents: Mapping[str, dict]) -> None:
     "R17, R20: what is said of an order is true, and every order is spoken of."
     a, sent = self.sim.account, {}
@@ -570,12 +593,13 @@ def _ends(self: Watch, ends: Sequence[tuple[str, dict]], intents: Mapping[str, d
     if lost := set(sent) - set(intents): self.fail("R17", f"order {min(lost)} is in no journal")
     for key, body in ends:
         done = sum(o.get("done", 0) for o in sent.get(key, ()))
-        if body["end"] in ("never_sent", "refused") and key in sent: self.fail("R20", f"{key} ended as {body['end']}, yet the venue took it")
-        if body["end"] in ("filled", "canceled") and key not in sent: self.fail("R20", f"{key} ended as {body['end']}, yet the venue never took it")
-        if self.sim.post.doubled[key] or self.sim.touched: continue
-        if body["end"] in ("filled", "canceled") and body["filled"] != done: self.fail("R17", f"{key} ended with {body['filled']} lots filled, the venue says {done}")
+        end, was = body["end"], body["filled"]
+        if end in ("never_sent", "refused") and key in sent: self.fail("R20", f"{key} ended as {end}, yet the venue took it")
+        if end in ("filled", "canceled") and key not in sent: self.fail("R20", f"{key} ended as {end}, yet the venue never took it")
+        if self.sim.post.doubled[key] or self.sim.touched or end not in ("filled", "canceled"): continue
+        if was != done: self.fail("R17", f"{key} ended with {was} lots filled, the venue says {done}")
 
-# %% ../../nbs/trading/04_watch.ipynb #f7e5830c
+# %% ../../nbs/trading/04_watch.ipynb #8e9dd625
 def _fills(self: Watch, found: Sequence[tuple[str, dict]]) -> None:
     "R17, R18: each fill is in the journal as it was, and no other."
     sim, x, a = self.sim, self.sim.exchange, self.sim.account
@@ -594,13 +618,14 @@ def _fills(self: Watch, found: Sequence[tuple[str, dict]]) -> None:
     lost = {key for key, f in true.items() if f[11] >= began} - {key for key, _ in found}
     if lost and not sim.touched: self.fail("R17", f"{len(lost)} fills are in no journal")
 
-
+# %% ../../nbs/trading/04_watch.ipynb #12634e9a
 def _bills(self: Watch, bills: Sequence[tuple[str, dict]], fills: Sequence[tuple[str, dict]]) -> None:
     "R17, R18: each bill is in the journal, and what the journal adds up to is the venue's cash."
     sim, began = self.sim, self.sim.loop.journal.book.began_ms
-    true = {str(b[0]): b[3] / 10**MONEY_DIGITS for b in list(sim.account.bills)[1:] if not b[4].startswith(("position_open", "position_close", "order_fill"))}
+    trades = ("position_open", "position_close", "order_fill")
+    true = {str(b[0]): b[3] / 10**MONEY_DIGITS for b in list(sim.account.bills)[1:] if not b[4].startswith(trades)}
     for key, b in bills:
-        if key not in true or abs(true[key] - b["amount"]) > 1e-9: self.fail("R18", f"bill {key} is {b['amount']} in the journal, {true.get(key)} at the venue")
+        if abs(true.get(key, np.inf) - b["amount"]) > 1e-9: self.fail("R18", f"bill {key} is {b['amount']}, at the venue {true.get(key)}")
     late = {str(b[0]) for b in sim.account.bills if b[7] >= began + CLOCKS_S * 1000}
     if lost := set(true) & late - {key for key, _ in bills}: self.fail("R17", f"{len(lost)} bills are in no journal")
     if sim.touched: return
@@ -621,12 +646,12 @@ def _told(self: Watch, text: str) -> None:
     if any(secret in text for secret in (str(PAPER.key), "paper-secret", str(PAPER.passphrase))): self.fail("R22", f"a secret in {text[:80]}")
     if self.sim.post.signatures.intersection(SIGNATURE.findall(text)): self.fail("R22", "the signature of a request in plain text")
 
-
+# %% ../../nbs/trading/04_watch.ipynb #22892dbb
 def _adjusted(self: Watch, text: str) -> None:
     "R18: the loop has taken the venue's cash without an explanation."
     if not self.sim.touched and not self.misled(): self.fail("R18", text)
 
-
+# %% ../../nbs/trading/04_watch.ipynb #635a92d9
 def _secrets(self: Watch) -> None:
     "R22: neither does the journal."
     self.told("\n".join(r[4] for r in self.sim.disk.rows))
