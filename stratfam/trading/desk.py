@@ -137,7 +137,7 @@ def _submit(self: Desk, wants: Iterable[Want], bar_ms: int, # Close of the bar t
            ) -> list[Line]: # As sent
     "Journal, then send."
     grids, pairs = self.mirror.grids, []
-    for w in [p for w in wants if w.lots for p in (parts(w, grids[w.symbol]) if w.reduces else parts(w, grids[w.symbol])[:1])]:
+    for w in [p for x in wants if x.lots for p in (parts(x, grids[x.symbol]) if x.reduces else parts(x, grids[x.symbol])[:1])]:
         if (line := self.line(w, bar_ms, ttl_ms, {l.id for _, l in pairs})) is not None: pairs.append((w, line))
     self.point("before-intents")
     if not self.write([*facts, *(("intent", l.id, l.body) for _, l in pairs)]):
@@ -619,7 +619,7 @@ def _recover(self: Desk) -> None:
         if e.kind == "fill" and e.body["symbol"] in self.mirror.symbols: self.book(e.body)
         elif e.kind == "funding": self.mirror.credit(e.body["amount"], moves_money(e.body["kind"]))
     later = {e.body["symbol"]: e.body["why"] for e in book.since_state if e.kind == "note"}
-    self.blocked = {**later, **book.state.get("blocked", {})}
+    self.blocked = {**book.state.get("blocked", {}), **later}
     self.started_ms = book.began_ms or self.venue.now_ms()
     newest = max((e.body["time_ms"] for e in book.since_state if e.kind == "fill"), default=int(book.state.get("since_ms", self.started_ms)))
     self.since_ms = max(0, min([newest, *(l.time_ms for l in book.open.values())]) - OVERLAP_MS)

@@ -313,7 +313,7 @@ def _exchange(self: WeexAPIClient, name: str, query: Mapping | None = None, body
         expired, was, change = error, self.offset_ms, e.kind not in ("public", "read")
         try: self.sync_clock()
         except WeexError: raise expired from None
-        if change and abs(self.offset_ms - was) < DOUBTFUL_MS: raise expired # Our clock was right: this is no reason to send anything twice
+        if change and abs(self.offset_ms - was) < DOUBTFUL_MS: raise expired from None # Our clock was right: no reason to send twice
     try: return self._attempt(e, query, body, urgent)
     except NotSent:
         if e.kind in ("public", "read"): raise
