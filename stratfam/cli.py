@@ -8,7 +8,7 @@ __all__ = ['main']
 # %% ../nbs/cli.ipynb #1d2150a8
 import sys
 
-from .commands import base, data, family, study, lab, replicate, trade, weex, report, machine # noqa: F401, I001 - the order of help
+from .commands import base, data, family, study, lab, replicate, trade, session, weex, report, machine # noqa: F401, I001 - the order of help
 
 # %% ../nbs/cli.ipynb #e85b0b26
 def main() -> None:

@@ -123,6 +123,9 @@ class Secrets(Section):
     weex_api_key: SecretStr | None = None
     weex_api_secret: SecretStr | None = None
     weex_passphrase: SecretStr | None = None
+    exchange_api_key: SecretStr | None = None # Of a ccxt venue
+    exchange_api_secret: SecretStr | None = None
+    exchange_passphrase: SecretStr | None = None # Where the exchange has one
     telegram_token: SecretStr | None = None # Of the bot, from @BotFather
     telegram_chats: SecretStr | None = None # Ids of the chats it obeys, separated by commas
     apprise_urls: SecretStr | None = None # Other channels, separated by blanks

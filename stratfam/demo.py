@@ -27,7 +27,7 @@ from .config import Settings, load_config
 from .core import Backtest, Bars, DataError, Env, Features, Test, Verdict, bars_digest, digest, segments, step_name, utc_text
 from .data.download import OfflineError, download_preset
 from .data.features import CLOSE_ONLY, DEFAULT, build, causality_sweep
-from .data.store import STORE, load_bars, quality, quality_of, resample, scan
+from .data.store import STORE, file_note, load_bars, quality, quality_of, resample, scan
 from .data.worlds import make_world
 from .market.account import Costs
 from .market.backtest import walk
@@ -75,7 +75,8 @@ def bars_in(folder: Path, market: str = "spot") -> Found:
     symbols, step = _pick_series(folder, market)
     _, raw = quality_of(folder, symbols, step, market)
     bars = load_bars(folder, symbols, step, market)
-    return Found(_thin(bars), f"{folder.name} ({len(symbols)} of its symbols)", False, quality(bars, raw))
+    made_up = any(file_note(f.path).get("exchange") == "synthetic" for f in scan(folder) if f.symbol in symbols and f.step == step)
+    return Found(_thin(bars), f"{folder.name} ({len(symbols)} of its symbols)", made_up, quality(bars, raw))
 
 # %% ../nbs/demo.ipynb #bf3a2618
 def synthetic_bars(n_bars: int = 26_280) -> Found:

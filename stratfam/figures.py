@@ -9,7 +9,8 @@ __all__ = ['INK', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'GOLD', 'LI
            'seeds_figure', 'break_even', 'stress_figure', 'monthly', 'months_figure', 'rolling_figure',
            'returns_figure', 'pnl_parts', 'pnl_figure', 'gate_figure', 'turnover_figure', 'liquidation_distance',
            'positions_figure', 'regimes_figure', 'calibration', 'reliability_figure', 'learning_figure',
-           'basis_between', 'draw_basis', 'basis_figure', 'orders_figure', 'coverage_figure', 'results_picture']
+           'decisions_figure', 'basis_between', 'draw_basis', 'basis_figure', 'orders_figure', 'coverage_figure',
+           'results_picture']
 
 # %% ../nbs/figures.ipynb #3ed46acf
 import html
@@ -55,6 +56,7 @@ class WorldReport:
     learning: pd.DataFrame | None = None # seed or training, step, name, value: what a learner reported
     basis: pd.DataFrame | None = None # Index time, one column a symbol: trading venue over data venue - 1, basis points
     orders: pd.DataFrame | None = None # time, symbol, side, qty, price, status, shortfall_bps: one row an order sent
+    decisions: pd.DataFrame | None = None # Index time: gap_bps, apart, asked, same: a session against the backtest of its bars
 
     def __post_init__(self):
         object.__setattr__(self, "step", as_step(self.step)); object.__setattr__(self, "baselines", tuple(self.baselines))
@@ -139,7 +141,10 @@ def _sample_extras(rng: np.random.Generator, index: pd.DatetimeIndex) -> dict[st
     orders = pd.DataFrame({"time": index[rows], "symbol": "AAA", "side": rng.choice(["buy", "sell"], 40), "qty": 1.0, "price": 100.0,
                            "status": rng.choice(["filled", "filled", "filled", "cancelled", "refused"], 40), "shortfall_bps": rng.normal(2, 4, 40)})
     orders.loc[orders["status"] != "filled", "shortfall_bps"] = np.nan
-    return {"maintenance": 0.005, "regimes": pd.DataFrame({"regime": regime, "route": np.where(regime == "wild", "cash", "ppo")}, index),
+    decisions = pd.DataFrame({"gap_bps": rng.normal(-0.02, 0.3, T).cumsum(), "apart": rng.exponential(0.001, T), "asked": 2,
+                              "same": 2 - (rng.random(T) < 0.01)}, index)
+    return {"decisions": decisions, "maintenance": 0.005,
+            "regimes": pd.DataFrame({"regime": regime, "route": np.where(regime == "wild", "cash", "ppo")}, index),
             "confidence": pd.DataFrame({"stated": said, "right": rng.random(600) < said}), "learning": learning, "basis": basis, "orders": orders}
 
 # %% ../nbs/figures.ipynb #36a47284
@@ -258,10 +263,18 @@ def _dates(ax) -> None:
     ax.xaxis.set_major_locator(where); ax.xaxis.set_major_formatter(ConciseDateFormatter(where))
 
 # %% ../nbs/figures.ipynb #9db2f5dc
+def _few_multiples(ax) -> None:
+    "Round steps: between 1 and 2 a log axis has no labels of its own."
+    from matplotlib.ticker import MaxNLocator, NullLocator
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10])); ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:.4g}x")
+
+
 def _multiples(ax) -> None:
     "A log axis of multiples of the start, with as many labels as its span has room for."
     ax.set_yscale("log")
     low, high = ax.get_ylim()
+    if high / low < 3: return _few_multiples(ax)
     digits = "123456789" if high / low < 5 else "125" if high / low < 50 else "1"
     text = lambda v, _: f"{v:g}x" if f"{v:e}"[0] in digits else ""
     ax.yaxis.set_major_formatter(text); ax.yaxis.set_minor_formatter(text)
@@ -346,9 +359,10 @@ def paths_figure(w: WorldReport) -> Html:
     same = bool((ret.sub(ret.iloc[:, 0], axis=0).abs() < 1e-12).all(axis=None)) and ret.shape[1] > 1
     agree = ("All paths are one: a rule that learns nothing walks the same way whatever it was trained on." if same else
              "Paths share most of their data and agree more than independent trials would.")
+    kinds = f"{ret.shape[1]} path{'s' * (ret.shape[1] > 1)}"
     def paint(ax):
         for n, name in enumerate(level):
-            _trace(ax, level.index, level[name].to_numpy(), 400, color=BLUE, alpha=0.35, lw=1, label="" if n else f"{ret.shape[1]} paths")
+            _trace(ax, level.index, level[name].to_numpy(), 400, color=BLUE, alpha=0.35, lw=1, label="" if n else kinds)
         _trace(ax, level.index, level.median(axis=1).to_numpy(), color=INK, lw=2, label="median of the paths")
         _trace(ax, level.index, level.min(axis=1).to_numpy(), color=RED, ls="--", label="lowest at each bar")
         _multiples(ax); _dates(ax); _finish(ax, y="equity / start", legend=3)
@@ -513,7 +527,7 @@ def pnl_parts(b: Backtest) -> dict[str, float]: # Per cent of the starting capit
     parts = {"price moves": b.price_pnl.sum(), "fees": -b.fee.sum(), "slippage": -b.slippage.sum(), "funding": -b.funding.sum()}
     return {k: 100 * float(v) / b.capital for k, v in parts.items()}
 
-# %% ../nbs/figures.ipynb #de5e3f12
+
 def pnl_figure(w: WorldReport) -> Html:
     "Profit split into price moves, fees, slippage and funding, for every policy."
     names = [w.pick, *(n for n in w.backtests if n != w.pick)]
@@ -651,24 +665,40 @@ def reliability_figure(w: WorldReport) -> Html:
     "Stated confidence against how often it was right."
     title = f"Can its confidence be believed: {w.title}"
     if w.confidence is None or len(w.confidence) < 40:
-        return absent(title, "The judged policy states no confidence, or too few decisions were scored.")
+        return absent(title, "The judged policy states no confidence, or too few decisions were made on rows that it was not trained on.")
     t = calibration(w.confidence)
     gap = float((t["n"] * (t["right"] - t["stated"]).abs()).sum() / t["n"].sum())
     def paint(ax):
-        ax.plot([0, 1], [0, 1], color=INK, lw=1, ls=":", label="as honest as it says")
+        ax.plot([0, 1], [0, 1], color=INK, lw=1, ls="--", label="as honest as it says")
         ax.errorbar(t["stated"], t["right"], 2 * t["error"], color=BLUE, marker="o", ls="", capsize=3, label="measured, two standard errors")
-        ax.set_xlim(max(0, t["stated"].min() - 0.05), 1.02); ax.set_ylim(max(0, (t["right"] - 2 * t["error"]).min() - 0.05), 1.05)
+        low, high = (t["right"] - 2 * t["error"]).min(), (t["right"] + 2 * t["error"]).max()
+        ax.set_xlim(max(-0.02, t["stated"].min() - 0.05), min(1.02, t["stated"].max() + 0.05))
+        ax.set_ylim(max(-0.02, low - 0.03), min(1.05, high + 0.03))
         _finish(ax, "stated confidence", "share that was right", legend=2)
     side = "more sure than right" if (t["n"] * (t["stated"] - t["right"])).sum() > 0 else "less sure than right"
-    return draw(paint, title, f"{len(w.confidence):,} decisions out of fold; mean distance from the diagonal {gap:.2f}, on the whole {side}. "
-                "Below the diagonal the gate's minimum confidence lets too much through.", size=(8, 3.2))
+    return draw(paint, title, f"{len(w.confidence):,} decisions on rows it was not trained on; mean distance from the diagonal {gap:.2f}, "
+                f"on the whole {side}. Below the diagonal the gate's minimum confidence lets too much through.", size=(8, 3.2))
 
-# %% ../nbs/figures.ipynb #5b5daa24
+# %% ../nbs/figures.ipynb #f3ea2f04
+def _learnt_at_once(title: str, log: pd.DataFrame, names: list[str], who: str) -> Html:
+    "One bar a training of a learner that takes no steps."
+    def paint(*axes):
+        for ax, name in zip(axes, names):
+            part = log[log["name"] == name]
+            bars = ax.barh([f"{n + 1}: {x}" for n, x in enumerate(part[who])], part["value"].to_numpy("f8"), color=BLUE)
+            ax.bar_label(bars, fmt="%.3g", padding=3)
+            ax.grid(axis="y", visible=False); ax.invert_yaxis(); _finish(ax, name, zero="x")
+    return draw(paint, title, f"{log[who].nunique()} trainings, each solved in one step: there is no curve to look at. Measured on "
+                "training rows, where more is not better; trainings that differ much were given rows that differ much.", rows=len(names),
+                size=(8, len(names) * (0.7 + 0.4 * log[who].nunique())))
+
+
 def learning_figure(w: WorldReport) -> Html:
     "What the learner reported while it learned."
     title, log = f"Learning: {w.title}", w.learning
     if log is None or log.empty: return absent(title, "Nothing was trained in this run, or the learner reported nothing.")
     names, who = list(dict.fromkeys(log["name"]))[:4], "training" if "training" in log else "seed"
+    if log.groupby([who, "name"]).size().max() == 1: return _learnt_at_once(title, log, names, who)
     def paint(*axes):
         for ax, name in zip(axes, names):
             part = log[log["name"] == name]
@@ -681,6 +711,24 @@ def learning_figure(w: WorldReport) -> Html:
                 "training rows: a curve that still rises wants more steps, one that falls again is learning the noise; neither says anything about "
                 "other rows.",
                 rows=len(names), size=(8, 0.8 + 1.7 * len(names)), sharex=True)
+
+# %% ../nbs/figures.ipynb #7db68f40
+def decisions_figure(w: WorldReport) -> Html:
+    "A session's equity and positions against those of the backtest of its bars."
+    title, d = f"Session and backtest: {w.title}", w.decisions
+    if d is None or len(d) < 2:
+        return absent(title, "Only a session whose journal holds its bars and whose policy is found can be laid beside a backtest.")
+    time = pd.DatetimeIndex(d.index).to_numpy("datetime64[ns]")
+    gap, apart = d["gap_bps"].to_numpy("f8"), 100 * d["apart"].to_numpy("f8")
+    def paint(top, low):
+        _trace(top, time, gap, color=BLUE, lw=1.6); _finish(top, y="gap, basis points", zero="y")
+        _trace(low, time, apart, color=ORANGE); _finish(low, y="positions apart, %"); low.set_ylim(bottom=0); _dates(low)
+    asked, same = int(d["asked"].sum()), int(d["same"].sum())
+    return draw(paint, title, f"{len(d):,} closes, {asked:,} wishes, {same:,} of them equal in session and backtest. The session ends "
+                f"{gap[-1]:+.1f} basis points from its backtest and was never further than {np.abs(gap).max():.1f} from it; positions differ "
+                f"by more than one per cent of equity at {int((apart > 1).sum()):,} closes. Above zero the venue was kinder than assumed. "
+                "Unequal wishes are a fault to find (stratfam replay), a gap without them is fills, fees and funding.", rows=2,
+                size=(8, 3.8), height_ratios=[2, 1], sharex=True)
 
 # %% ../nbs/figures.ipynb #51b61ae2
 def basis_between(data: Bars, # Where the prices come from
@@ -697,7 +745,8 @@ def basis_between(data: Bars, # Where the prices come from
 
 def draw_basis(title: str, basis: pd.DataFrame | None) -> Html: # From `basis_between`
     "The basis through time, its usual and its extreme size."
-    if basis is None or basis.empty: return absent(title, "Data and trading come from the same venue, or no second venue was recorded.")
+    if basis is None or basis.empty:
+        return absent(title, "Data and trading come from the same venue, or no bars of a second venue were given (--venue-bars FOLDER).")
     time, b = pd.DatetimeIndex(basis.index).to_numpy("datetime64[ns]"), basis.astype("f8")
     def paint(ax):
         for name, (colour, dash) in zip(b.columns[:7], ((BLUE, "-"), *LINES)):
@@ -705,8 +754,8 @@ def draw_basis(title: str, basis: pd.DataFrame | None) -> Html: # From `basis_be
             if ok.any(): _trace(ax, time[ok], b[name].to_numpy()[ok], 500, color=colour, ls=dash, lw=1, label=str(name))
         _dates(ax); _finish(ax, y="basis, basis points", zero="y", legend=5)
     size = pd.Series(b.abs().to_numpy().ravel()).dropna()
-    return draw(paint, title, f"Trading venue over data venue, minus one. Half of the time within {size.median():.1f} basis points, once in a "
-                f"hundred beyond {size.quantile(0.99):.1f}. An edge per trade smaller than this was measured on other prices.", size=(8, 3.0))
+    return draw(paint, title, f"Trading venue over data venue, minus one. Half of the time within {size.median():.2g} basis points, once in a "
+                f"hundred beyond {size.quantile(0.99):.2g}. An edge per trade smaller than this was measured on other prices.", size=(8, 3.0))
 
 
 def basis_figure(w: WorldReport) -> Html:

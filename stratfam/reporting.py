@@ -7,7 +7,7 @@ __all__ = ['SAVED_TYPES', 'SHARES', 'SIGN', 'MARK', 'COLOURS', 'LAYOUT', 'MARKED
            'load_run', 'number', 'table', 'verdict_box', 'metrics_table', 'trades_table', 'orders_table', 'gate_table',
            'quality_table', 'facts_table', 'seconds_table', 'beside', 'first_words', 'data_words', 'settings_box',
            'page', 'notebook_body', 'result', 'write_results', 'templates', 'template_path', 'template_parameters',
-           'run_report', 'read_result', 'run_lines', 'compare_runs', 'write_index']
+           'said_once', 'run_report', 'read_result', 'run_lines', 'compare_runs', 'write_index']
 
 # %% ../nbs/reporting.ipynb #20545df0
 import dataclasses
@@ -21,6 +21,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def table(frame: pd.DataFrame, # What to show; its index becomes the first colum
     head = "".join(f'<th{r} scope="col">{html.escape(str(c)).replace("_", " ")}</th>' for c, r in zip(f.columns, right))
     body = "".join("<tr>" + "".join(_cell(c, v) for c, v in zip(f.columns, row)) + "</tr>" for row in rows)
     more = f" The first {limit} of {len(frame)} rows." if len(frame) > limit else ""
-    inside = f'<table class="sort{" long" if len(rows) > 25 else ""}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    inside = f'<table class="sort{" long" if len(rows) > 40 else ""}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return block(title, inside, caption + more, f"table of {len(frame)} rows")
 
 # %% ../nbs/reporting.ipynb #abf8ef53
@@ -183,7 +184,7 @@ def _tests(tests: Sequence[Test]) -> str:
 def verdict_box(w: WorldReport) -> Html:
     "Decision, evidence and next step of one world."
     v = w.verdict
-    if v is None: return absent(f"Verdict: {w.title}", "No verdict was asked for in this run.")
+    if v is None: return absent(f"Verdict: {w.title}", f"No verdict was asked for in this run. {w.facts.get('permit', '')}".strip())
     say = lambda x: html.escape(str(x))
     kind, sign = SIGN[v.decision]
     gates, others = [t for t in v.tests if t.passed is not None], [t for t in v.tests if t.passed is None]
@@ -237,14 +238,17 @@ def gate_table(w: WorldReport) -> Html:
 def quality_table(w: WorldReport) -> Html:
     "What was found wrong with the data."
     if w.quality is None: return absent(f"Data quality: {w.title}", "The data of this world were not checked.")
-    return table(w.quality, f"Data quality: {w.title}", "Counted before anything was computed. A gap is never filled: no order is filled in it and "
+    lines = w.quality.T
+    shown = pd.DataFrame({s: [number(v, k in SHARES) for k, v in lines[s].items()] for s in lines}, index=pd.Index(list(lines.index), name="found"))
+    return table(shown, f"Data quality: {w.title}", "Counted before anything was computed. A gap is never filled: no order is filled in it and "
                  "no feature looks across it.")
 
 # %% ../nbs/reporting.ipynb #cf188e9a
 def facts_table(run: RunData) -> Html:
     "What reproduces the run."
-    worlds = [(f"{w.title}: {k}", str(v)) for w in run.worlds for k, v in w.facts.items()]
-    seeds = [(f"{w.title}: seeds", ", ".join(map(str, sorted(set(w.seeds["seed"]))))) for w in run.worlds if w.seeds is not None and len(w.seeds)]
+    at = lambda w: f"{w.title}: " if len(run.worlds) > 1 else ""
+    worlds = [(f"{at(w)}{k}", str(v)) for w in run.worlds for k, v in w.facts.items()]
+    seeds = [(f"{at(w)}seeds", ", ".join(map(str, sorted(set(w.seeds["seed"]))))) for w in run.worlds if w.seeds is not None and len(w.seeds)]
     digests = [(f"digest of {k}", v[:16]) for k, v in run.digests.items()]
     rows = [("command", run.command), ("made", run.created), *worlds, *seeds, *digests, *run.versions.items()]
     return table(pd.DataFrame(rows, columns=["what", "value"]), "How to repeat this run",
@@ -253,6 +257,7 @@ def facts_table(run: RunData) -> Html:
 
 def seconds_table(run: RunData) -> Html:
     "How long each stage took."
+    if not run.seconds: return absent("Time", "No stage of this run was timed.")
     rows = pd.DataFrame({"stage": list(run.seconds), "seconds": [round(float(s), 2) for s in run.seconds.values()]})
     return table(rows, "Time", f"{sum(run.seconds.values()):.0f} seconds in all.")
 
@@ -265,7 +270,8 @@ def beside(*parts: Html) -> Html:
 def first_words(run: RunData) -> Html:
     "Heading and verdict boxes."
     say = html.escape
-    head = f"<header><h1>{say(run.name)}</h1><p>{say(run.created)} &middot; <code>{say(run.command)}</code></p></header>"
+    name = run.worlds[0].title if len(run.worlds) == 1 else run.name
+    head = f"<header><h1>{say(name[:1].upper() + name[1:])}</h1><p>{say(run.created)} &middot; <code>{say(run.command)}</code></p></header>"
     boxes = beside(*(verdict_box(w) for w in run.worlds))
     return Html(head + boxes.code, boxes.text)
 
@@ -296,19 +302,21 @@ body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.5 syste
 main { max-width: 1280px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.7rem; margin: .2rem 0; } h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; } h3 { font-size: 1rem; margin: 0 0 .4rem; }
 header p, figcaption, small { color: var(--soft); } code, pre { font: .88em ui-monospace, monospace; } a { color: inherit; }
-p { max-width: 80ch; } figure { margin: 1.4rem 0; max-width: 860px; } figcaption { font-size: .9rem; margin-top: .3rem; max-width: 80ch; }
+p { max-width: 80ch; } figure { margin: 1.4rem 0; max-width: 860px; } figure:has(table) { max-width: none; }
+figcaption { font-size: .9rem; margin-top: .3rem; max-width: 80ch; }
 figure.absent { border: 1px dashed var(--line); border-radius: 6px; padding: .7rem 1rem; color: var(--soft); }
 .wide { overflow-x: auto; background: linear-gradient(90deg, var(--bg) 40%, transparent) left / 2.5rem 100% no-repeat local,
   linear-gradient(-90deg, var(--bg) 40%, transparent) right / 2.5rem 100% no-repeat local,
   linear-gradient(90deg, var(--line), transparent) left / .8rem 100% no-repeat scroll,
   linear-gradient(-90deg, var(--line), transparent) right / .8rem 100% no-repeat scroll; }
 .wide svg { display: block; width: 100%; min-width: 480px; height: auto; }
-.wide:has(> table.long) { max-height: 32rem; overflow-y: auto; } table.long th { position: sticky; top: 0; }
+.wide:has(> table.long) { max-height: 38rem; overflow-y: auto; border: 1px solid var(--line); } table.long th { position: sticky; top: 0; }
 .beside { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); } .beside > div { min-width: 0; }
 table { border-collapse: collapse; font-size: .9rem; width: 100%; overflow-wrap: normal; }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { background: var(--card); white-space: nowrap; } .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-table.sort th { cursor: pointer; } td.t { white-space: nowrap; } td small { display: block; } details { margin: 1rem 0; } summary { cursor: pointer; }
+img { max-width: 100%; } table.sort th { cursor: pointer; }
+ td.t { white-space: nowrap; } td small { display: block; } details { margin: 1rem 0; } summary { cursor: pointer; }
 pre { overflow-x: auto; background: var(--card); padding: .8rem; border-radius: 6px; }
 th[aria-sort]::after { content: " \\25B4"; } th[aria-sort=descending]::after { content: " \\25BE"; } .differs { font-weight: 700; }
 @media (max-width: 40rem) { .tests thead { display: none; } .tests tr { display: grid; grid-template-columns: 1fr 1fr auto; padding: .3rem 0;
@@ -442,11 +450,18 @@ def _execute(template: Path, work: Path, params: Mapping[str, Any]) -> Any: # Th
     "Run the template in `work`; the notebook is left there either way."
     import papermill
     from traitlets.config import Config
-    local = Config({"KernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"}})
+    local = Config({"KernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"},
+                    "NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=50"]}})
     try:
         papermill.execute_notebook(str(template), str(work / "report.ipynb"), dict(params), cwd=str(work), progress_bar=False, config=local)
     except papermill.PapermillExecutionError as e: return e
     return None
+
+# %% ../nbs/reporting.ipynb #890a9234
+def said_once(body: str, title: str) -> str:
+    "A page's body without the world's name behind each heading."
+    name = html.escape(title)
+    return body.replace(f": {name}</h3>", "</h3>").replace(f': {name}">', '">')
 
 # %% ../nbs/reporting.ipynb #af46311b
 def _fill(work: Path, template: Path, params: dict, run: RunData | None, name: str) -> Any: # The template's error, or None
@@ -454,12 +469,16 @@ def _fill(work: Path, template: Path, params: dict, run: RunData | None, name: s
     if run is not None:
         save_run(run, work / "run")
         params["run"] = "run"
-    failed = _execute(template, work, params)
-    said = write_results(run, work) if run is not None else {"name": name, "status": "done", "synthetic": False, "worlds": []}
+    importlib.import_module("IPython") # papermill's; whole, before matplotlib looks for it in the other thread
+    with ThreadPoolExecutor(1) as meanwhile:
+        written = meanwhile.submit(write_results, run, work) if run is not None else None
+        failed = _execute(template, work, params)
+    said = written.result() if written else {"name": name, "status": "done", "synthetic": False, "worlds": []}
     said |= {"template": template.stem, "status": "failed" if failed else "done"}
     write_atomic(work / "result.json", json.dumps(said, indent=1, allow_nan=False))
     body = _failure(failed) if failed else notebook_body(work / "report.ipynb")
-    write_atomic(work / "report.html", page(name, body, run is not None and run.synthetic))
+    title = run.worlds[0].title if run is not None and len(run.worlds) == 1 else ""
+    write_atomic(work / "report.html", page(title or name, said_once(body, title) if title else body, run is not None and run.synthetic))
     return failed
 
 # %% ../nbs/reporting.ipynb #e204227f
@@ -516,7 +535,7 @@ def run_lines(said: Mapping[str, Any]) -> dict[str, str]: # name -> text, in rea
     out = {k: str(said[k]) for k in ("name", "template", "created", "status", "command") if k in said}
     for w in said.get("worlds", ()):
         at = f"{w['title']}: " if len(said["worlds"]) > 1 else ""
-        out |= {f"{at}decision": str(w["decision"]), f"{at}judged": w["pick"], f"{at}trials": str(w["trials"])}
+        out |= {f"{at}decision": w["decision"] or "no verdict", f"{at}judged": w["pick"], f"{at}trials": str(w["trials"])}
         out |= {f"{at}{k}": str(v) for k, v in w["facts"].items()}
         out |= {f"{at}{t['name']}": number(t["value"]) + {True: " pass", False: " FAIL"}.get(t["passed"], "") for t in w["tests"]}
         out |= {f"{at}{k.replace('_', ' ')}": number(v, k in SHARES) for k, v in w["metrics"].get(w["pick"], {}).items()}
@@ -537,7 +556,7 @@ def compare_runs(a: str | Path, # Folder of a run
 def _index_row(name: str, r: Mapping[str, Any]) -> str:
     "One run as a row."
     own, at = (r.get("worlds") or [{}])[0], html.escape(name, quote=True)
-    said = "; ".join(f"{w['title']}: {w['decision']}" for w in r.get("worlds", ()))
+    said = "; ".join(f"{w['title']}: {w['decision'] or 'no verdict'}" for w in r.get("worlds", ()))
     cells = [r.get("template", ""), r.get("status", ""), said, own.get("pick", ""), own.get("facts", {}).get("symbols", ""),
              own.get("metrics", {}).get(own.get("pick"), {}).get("sharpe"), "SYNTHETIC" if r.get("synthetic") else ""]
     tick = f'<td><input type="checkbox" value="{at}" aria-label="compare {at}"></td>'
@@ -550,6 +569,9 @@ function cell(row, kind, text) { var c = row.insertCell(); c.textContent = text;
 function show() {
   place.textContent = picked.length === 1 ? "Tick one more run." : "";
   if (picked.length < 2) return;
+  var pair = document.createElement("div"); pair.className = "beside"; place.appendChild(pair);
+  picked.forEach(function (x) { var i = document.createElement("img"); i.alt = "picture of " + x; i.onerror = function () { i.remove(); };
+    i.src = x + "/validation_results.png"; pair.appendChild(i); });
   var a = lines[picked[0]], b = lines[picked[1]], t = document.createElement("table"), head = t.createTHead().insertRow();
   ["", picked[0], picked[1]].forEach(function (x) { var h = document.createElement("th"); h.textContent = x; head.appendChild(h); });
   Array.from(new Set(Object.keys(a).concat(Object.keys(b)))).forEach(function (k) {

@@ -89,6 +89,27 @@ def test_every_command_has_help_with_an_example_and_can_answer_in_json(stratfam,
     assert "--json" in out or words == ("config", "schema")
 
 
+@pytest.mark.parametrize("words", leaves(), ids=" ".join)
+def test_an_example_can_be_copied(stratfam, words):
+    "It stands on one line, and names options that its command has."
+    code, out, _ = stratfam(*words, "--help")
+    line = next(x.strip() for x in out.splitlines() if "Example: stratfam" in x)
+    assert line.removeprefix("Example: stratfam ").split()[:len(words)] == list(words)
+    assert {x for x in line.split() if x.startswith("--")} <= {o for p in leaves()[words].params for o in p.opts}
+
+
+@pytest.mark.parametrize("words", [[], ["data"], ["weex"], ["config"]])
+def test_a_bare_group_lists_its_commands(stratfam, words):
+    code, out, err = stratfam(*words)
+    assert code == 0 and "Commands:" in out and err == ""
+
+
+def test_a_reader_that_leaves_is_no_fault(tmp_path):
+    said = subprocess.run(f"{sys.executable} -m stratfam.cli config schema | head -1", shell=True, capture_output=True, text=True, check=False,
+                          cwd=tmp_path)
+    assert (said.stdout, said.stderr) == ("{\n", "")
+
+
 def test_a_shell_can_complete_commands():
     env = {**os.environ, "_STRATFAM_COMPLETE": "complete_bash", "COMP_WORDS": "stratfam conf", "COMP_CWORD": "1"}
     said = subprocess.run([sys.executable, "-m", "stratfam.cli"], capture_output=True, text=True, env=env, check=False)

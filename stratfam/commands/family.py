@@ -18,7 +18,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import Config, Folder, Json, Set, Step, Symbols, app, command_line, folder_of, is_synthetic, names_of, open_page, settings, show
+from .base import (Config, Folder, Json, Open, Out, Set, Step, Symbols, VenueBars, app, command_line, folder_of, is_synthetic,
+                                    names_of, open_page, settings, show, venue_name, venues)
 
 # %% ../../nbs/commands/04_family.ipynb #c618bf5c
 Start = Annotated[str | None, typer.Option("--start", help="First bar, e.g. 2022-01-01.")]
@@ -123,7 +124,8 @@ def said_of(policy: Any) -> str:
     return text if len(text) < 300 else kind
 
 # %% ../../nbs/commands/04_family.ipynb #9a8964f9
-def training_page(policy: Any, fit: Any, learnt: Any, task: Any, train: Any, seed: int, name: str, source: Path, command: str, s: Any) -> Path:
+def training_page(policy: Any, fit: Any, learnt: Any, task: Any, train: Any, seed: int, name: str, source: Path, command: str, s: Any,
+                  venue_bars: Path | None = None) -> Path:
     "A page about a training, from inner folds alone."
     import numpy as np
 
@@ -135,7 +137,8 @@ def training_page(policy: Any, fit: Any, learnt: Any, task: Any, train: Any, see
     more = {"regimes": weather(policy, task, *rows), "confidence": fold.confidence, "learning": learnt}
     rows_said = f"{sum(b - a for a, b in train):,} of {len(task.bars):,} bars; the hold-out was not opened"
     facts = {"policy": said_of(policy), "trained on": rows_said, "accounts shown": f"the last inner fold, walked by {fold.who}", "seed": seed}
-    return report_run("train", f"Training of {name}", runs, facts, more, source, command, task, s.report.folder)
+    from stratfam.core import digest
+    return report_run("train", f"Training of {name}", runs, facts, more, source, command, task, s, None, venue_bars, {"model": digest(policy)})
 
 # %% ../../nbs/commands/04_family.ipynb #5ceafefa
 @app.command()
@@ -150,6 +153,7 @@ def train(context: typer.Context,
           out: Annotated[Path | None, typer.Option("--out", help="Where it is saved; default models/NAME.")] = None,
           tensorboard: Annotated[Path | None, typer.Option("--tensorboard", help="Folder for TensorBoard files.")] = None,
           report: Annotated[bool, typer.Option("--report", help="Write a page about the training and print its path.")] = False,
+          venue_bars: VenueBars = None,
           config: Config = None, overrides: Set = None, as_json: Json = False) -> None:
     """Train a strategy on everything before the hold-out and save it. Ctrl-C keeps what is finished; run it again to go on.
 
@@ -168,7 +172,7 @@ def train(context: typer.Context,
     where = lambda n: place if len(numbers) == 1 else place / f"seed-{n}"
     note = {"holdout": s.validation.holdout_fraction, "strategy": name}
     line = command_line(context)
-    page_of = lambda n: (lambda *found: training_page(*found, task, rows, n, name, folder_of(folder), line, s)) if report else None
+    page_of = lambda n: (lambda *found: training_page(*found, task, rows, n, name, folder_of(folder), line, s, venue_bars)) if report else None
     made = [train_one(fit, task, rows, n, where(n), tensorboard, as_json, note, page_of(n)) for n in numbers]
     text = "\n".join(f"{m['policy']}: {m['is']}, digest {m['digest'][:12]}" + (f"\n{m['report']}" if "report" in m else "") for m in made)
     show(made, as_json, f"{text}\nTrained on {sum(b - a for a, b in rows):,} of {len(task.bars):,} bars; the hold-out was not touched.\n"
@@ -307,22 +311,30 @@ def stressed(b: Any) -> Any: # A frame: factor, sharpe
 
 # %% ../../nbs/commands/04_family.ipynb #896c78cc
 def report_run(template: str, title: str, runs: dict[str, Any], facts: dict[str, Any], more: dict[str, Any], source: Path, command: str, task: Any,
-               out: Path) -> Path:
+               s: Any, out: Path | None = None, venue_bars: Path | None = None, digests: dict[str, str] | None = None) -> Path:
     "A page about accounts; the first of `runs` is the one judged."
-    from stratfam.core import Env, bars_digest, step_name
+    import numpy as np
+
+    import stratfam
+    from stratfam.config import show_config
+    from stratfam.core import Env, bars_digest, digest, step_name
     from stratfam.data.store import quality
     from stratfam.figures import RunData, WorldReport, merits
     from stratfam.policies.base import versions
     from stratfam.reporting import run_report
     pick, b = next(iter(runs.items()))
     span = f"{str(b.time[0])[:16]} to {str(b.time[-1])[:16]}, {len(b):,} rows"
-    facts = {"source": source.name, "symbols": ", ".join(b.symbols), "bar length": step_name(b.step), "bars": span, **facts}
+    first, last = np.searchsorted(task.bars.time, b.time[[0, -1]])
+    named, basis = venues(task.bars[int(first):int(last) + 1], venue_name(source), venue_bars, s.trading.venue)
+    facts = {"source": source.name, **named, "symbols": ", ".join(b.symbols), "bar length": step_name(b.step), "bars": span, **facts}
     upkeep = float(task.costs.maintenance) if task.bars.market == "perp" else None
     others = tuple(n for n in runs if n in RIVALS and n != pick)
     world = WorldReport(title, is_synthetic(source), facts, b.step, pick, runs, others, merits(runs), quality=quality(task.bars),
-                        stress=stressed(b), maintenance=upkeep, **more)
-    run = RunData(template, Env().iso(), command, (world,), digests={"data": bars_digest(task.bars)}, versions=versions())
-    return run_report(template, None, out, run=run)
+                        stress=stressed(b), maintenance=upkeep, **more, **basis)
+    config = digest(task.limits, task.costs, list(b.symbols), step_name(b.step))
+    stamps = {"data": bars_digest(task.bars), "code": stratfam.source_digest(), "config": config}
+    run = RunData(template, Env().iso(), command, (world,), digests={**(digests or {}), **stamps}, versions=versions(), settings=show_config(s))
+    return run_report(template, None, out or s.report.folder, run=run)
 
 # %% ../../nbs/commands/04_family.ipynb #9d8586a3
 def saved_run(place: Path, folder: Path | None, start: str | None, end: str | None, s: Any) -> dict[str, Any]:
@@ -340,9 +352,9 @@ def saved_run(place: Path, folder: Path | None, start: str | None, end: str | No
     note = f"{lies:,} of these {len(task.bars) - first:,} bars were train rows: there the policy repeats what it memorised." if lies else ""
     learnt = learning_of(place)
     way = lambda: walked(policy, task, [(first, len(task.bars))], seed)
-    think = lambda: {"regimes": weather(policy, task, first), "confidence": trust(policy, task, way()), "learning": learnt}
+    think = lambda: {"regimes": weather(policy, task, first), "confidence": None if lies else trust(policy, task, way()), "learning": learnt}
     return {"runs": beside(place.name, policy, task, s.trading.capital_usdt, first, seed), "says": said_of(policy), "note": note, "task": task,
-            "think": think}
+            "think": think, "digests": {"model": about["digest"]}}
 
 # %% ../../nbs/commands/04_family.ipynb #53657baa
 def walked_by(what: str, folder: Path | None, symbols: Any, step: str | None, market: str | None, start: str | None, end: str | None,
@@ -367,8 +379,7 @@ def backtest(context: typer.Context,
              what: Annotated[str, typer.Argument(help="A saved policy's folder, a rule by name, or a CSV of weights.")], folder: Folder = None,
              symbols: Symbols = None, step: Step = None, market: MarketIs = None, start: Start = None, end: End = None,
              report: Annotated[bool, typer.Option("--report", help="Write a page about it and print its path.")] = False,
-             open_browser: Annotated[bool, typer.Option("--open", help="Open that page.")] = False,
-             out: Annotated[Path | None, typer.Option("--out", help="Where the page's folder is made; default: the settings'.")] = None,
+             open_browser: Open = False, out: Out = None, venue_bars: VenueBars = None,
              config: Config = None, overrides: Set = None, as_json: Json = False) -> None:
     """Walk a policy, a rule or a table of weights through bars, with costs and the gate, beside cash and buy-and-hold.
 
@@ -383,7 +394,7 @@ def backtest(context: typer.Context,
     if report or open_browser:
         facts = {"policy": found["says"]} | ({"note": note} if note else {})
         page = report_run("backtest", f"Backtest of {Path(what).stem}", runs, facts, found["think"](), folder_of(folder),
-                          command_line(context), found["task"], out or s.report.folder)
+                          command_line(context), found["task"], s, out, venue_bars, found.get("digests", {}))
     if as_json: show({"metrics": table.reset_index().to_dict("records"), "note": note, "report": page and str(page)}, True)
     else: show(None, False, "\n".join(x for x in (table.T.map(lambda v: f"{v:,.4g}").to_string(), note and f"NOTE: {note}", page and str(page)) if x))
-    if open_browser: open_page(page)
+    if page and (open_browser or s.report.open_browser): open_page(page)

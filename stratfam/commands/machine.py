@@ -134,7 +134,7 @@ def _measure(path: Path) -> list[dict]:
 
 # %% ../../nbs/commands/07_machine.ipynb #4d789e6b
 @app.command()
-def bench(name: Annotated[str, typer.Argument(help="env, kernel, learn, loop, pbo, scaling, splits, study, weex; or all")],
+def bench(name: Annotated[str, typer.Argument(help="env, kernel, learn, loop, pbo, report, scaling, splits, study, weex; or all")],
           as_json: Json = False) -> None:
     """Measure speeds beside their peers, in one run (minutes; needs the source tree).
 

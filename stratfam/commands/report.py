@@ -12,13 +12,12 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import Config, Json, Set, app, command_line, open_page, settings, show, with_bars
+from .base import Config, Json, Open, Out, Set, app, command_line, open_page, settings, show, with_bars
 
 # %% ../../nbs/commands/06_report.ipynb #5fff2ef3
 @app.command()
 def demo(data: Annotated[Path | None, typer.Option("--data", help="Folder of bars; default: the store, a download, a synthetic world.")] = None,
-         out: Annotated[Path, typer.Option("--out", help="Where the run's folder is made.")] = Path("reports/runs"),
-         open_browser: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+         out: Out = None, open_browser: Open = False,
          config: Config = None, overrides: Set = None,
          quick: Annotated[bool, typer.Option("--quick", help="Fewer bars and training steps: a look, not a result.")] = False,
          json_out: Json = False) -> None:
@@ -29,7 +28,7 @@ def demo(data: Annotated[Path | None, typer.Option("--data", help="Folder of bar
     from stratfam.demo import run_demo
     s = settings(config, overrides)
     named = data or s.data.folder
-    run_demo(named and with_bars(named, pick=True), out, open_browser, quick, json_out, s)
+    run_demo(named and with_bars(named, pick=True), out or s.report.folder, open_browser or s.report.open_browser, quick, json_out, s)
 
 # %% ../../nbs/commands/06_report.ipynb #a0b940b2
 def _given(params: list[str] | None) -> dict[str, Any]:
@@ -41,22 +40,6 @@ def _given(params: list[str] | None) -> dict[str, Any]:
         try: out[name] = json.loads(value)
         except ValueError: out[name] = value
     return out
-
-# %% ../../nbs/commands/06_report.ipynb #3e8341f9
-def _session_run(folder: Path, line: str) -> Any: # figures.RunData
-    "A trading session as a report shows it."
-    from stratfam.core import Env, step_name
-    from stratfam.figures import RunData, WorldReport, merits
-    from stratfam.policies.base import versions
-    from stratfam.trading.history import history_of
-    s = history_of(folder)
-    runs = {s.about["run"]: s.account}
-    facts = {"venue": s.about["venue"], "account": s.about["account"], "permit": s.about["permit"], "symbols": ", ".join(s.account.symbols),
-             "bar length": step_name(s.account.step), "bars": len(s.account), "state at the end": s.state, "starts": s.starts, "asked": s.asked}
-    title = f"Session {s.about['run']} on {s.about['venue']}"
-    world = WorldReport(title, False, facts, s.account.step, s.about["run"], runs, (), merits(runs), orders=s.orders)
-    return RunData("session", Env().iso(), line, (world,), digests={"model": s.about["model"], "config": s.about["config"]},
-                   versions=versions())
 
 # %% ../../nbs/commands/06_report.ipynb #8b1a7c6d
 def _named(folder: Path | None, template: str) -> tuple[Path | None, str]: # Folder of a run, template
@@ -70,24 +53,27 @@ def _named(folder: Path | None, template: str) -> tuple[Path | None, str]: # Fol
 def report(context: typer.Context,
            run_folder: Annotated[Path | None, typer.Argument(help="A folder in reports/runs, or the saved run inside it.")] = None,
            template: Annotated[str, typer.Option("--template", help="Name in reports/templates, or a notebook's path.")] = "validation",
-           out: Annotated[Path, typer.Option("--out", help="Where the report's folder is made.")] = Path("reports/runs"),
+           out: Out = None,
+           data: Annotated[Path | None, typer.Option("--data", help="Of a session: bars its policy learned from, for the basis.")] = None,
+           policy: Annotated[Path | None, typer.Option("--policy", help="Of a session: where its policy is now.")] = None,
            param: Annotated[list[str] | None, typer.Option("--param", help="name=value for the template; may be repeated.")] = None,
            sample: Annotated[bool, typer.Option("--sample", help="Render a made-up run: to try a template.")] = False,
-           open_browser: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False, as_json: Json = False) -> None:
+           open_browser: Open = False, config: Config = None, overrides: Set = None, as_json: Json = False) -> None:
     """Render a finished run, a trading session from its journal, or a template by its name, and renew the index of all runs.
 
     Example: stratfam report reports/runs/20260101T000000Z-demo-0a1b2c3d --open
     """
     from stratfam.reporting import load_run, run_report, sample_run
-    params = _given(param)
+    params, s = _given(param), settings(config, overrides)
     made = sample_run() if sample else None
     run_folder, template = _named(run_folder, template)
     if run_folder is not None and (run_folder / "journal.db").is_file():
-        made, template = _session_run(run_folder, command_line(context)), "paper_trading"
+        from stratfam.commands.session import session_run
+        made, template = session_run(run_folder, command_line(context), data, policy), "paper_trading"
     elif run_folder is not None: made = load_run(run_folder / "run" if (run_folder / "run").is_dir() else run_folder)
-    page = run_report(template, params, out, run=made)
+    page = run_report(template, params, out or s.report.folder, run=made)
     show({"report": str(page), "index": str(page.parents[1] / "index.html")}, as_json, str(page))
-    if open_browser: open_page(page)
+    if open_browser or s.report.open_browser: open_page(page)
 
 # %% ../../nbs/commands/06_report.ipynb #debaa899
 def _run_folder(name: Path, out: Path) -> Path:
@@ -110,7 +96,7 @@ def _line(folder: Path) -> dict[str, Any]:
 # %% ../../nbs/commands/06_report.ipynb #ac43ade2
 @app.command()
 def runs(compare: Annotated[list[str] | None, typer.Argument(help="Two runs to lay side by side; without them, the list.")] = None,
-         out: Annotated[Path, typer.Option("--out", help="The folder of all runs.")] = Path("reports/runs"),
+         out: Annotated[Path | None, typer.Option("--out", help="The folder of all runs; default: report.folder of the settings.")] = None,
          sort: Annotated[str, typer.Option("--sort", help="Column of the list: run, decision, sharpe, ...")] = "run",
          everything: Annotated[bool, typer.Option("--all", help="Also the lines in which both are equal.")] = False, as_json: Json = False) -> None:
     """List finished runs, newest first, or compare two of them.
@@ -121,6 +107,7 @@ def runs(compare: Annotated[list[str] | None, typer.Argument(help="Two runs to l
 
     from stratfam.core import ConfigError, known
     from stratfam.reporting import compare_runs, write_index
+    out = out or settings().report.folder
     if compare and len(compare) != 2: raise typer.BadParameter(f"{len(compare)} run named; two can be compared: stratfam runs ONE OTHER")
     if compare:
         t = compare_runs(*(_run_folder(Path(n), out) for n in compare))

@@ -282,7 +282,9 @@ class Simulation:
     def __init__(self, w: Weather, disk: Any = None, # None = in memory
                  socket: bool = False, # The venue behind a real socket, reached through `requests`
                  die: tuple[str, int] | None = None, # Crash when this point ("before-send", or "before-send FLATTEN") is passed for this time
+                 venue: Callable[["Simulation"], Any] | None = None, # Makes the venue of a new process; None = WEEX by its own client
                  **limits: Any): # Limits other than the seed's own, by name
+        self.make = venue or (lambda sim: WatchedVenue(_client(sim), "paper"))
         self.w, self.rng, self.die = w, generator("events", w.seed), die
         self.bars, self.true = market_of(w), TrueClock(int(START.astype("i8")) + HISTORY * 3600 * 10**9 + 600 * 10**9)
         self.asked = limits_from(_limits(w), **limits)
@@ -381,7 +383,7 @@ def _boot(self: Simulation) -> None:
     w, size, allowed = self.w, self.asked.position.max_leverage * 1.2, self.permitted()
     setup = Setup(f"sim{w.seed}", self.bars.symbols, "1h", ("return_1",), self.asked, Costs(taker=0.0008, slippage_bps=2.0), rows=24, window=8,
                   poll_s=self.poll_s, errors=10**6)
-    venue = WatchedVenue(_client(self), "paper")
+    venue = self.make(self)
     venue.watch, venue.live, self.venue, self.watch.woken = self.watch, allowed.text[:2] != "No", venue, False
     loop = Loop(setup, Moody(w.seed, "policy" in w.kinds and not self.calm, size), venue, Journal(self.disk.open(), self.point), self.env,
                 allowed, self.switch, [self.seen], self.point)
@@ -537,7 +539,7 @@ def simulate(seed: int, # Decides everything
              bars: int = 30, # Of chaos
              symbols: int = 2,
              under: Weather | None = None, # Other weather than the seed's own: for shrinking
-             **how: Any, # Further arguments of `Simulation`: disk, socket, die
+             **how: Any, # Further arguments of `Simulation`: disk, socket, die, venue
             ) -> Report:
     "One schedule: chaos, healing, and what was found."
     sim = Simulation(under or weather(seed, bars, symbols), **how)

@@ -172,6 +172,7 @@ class Judged:
     shown: Mapping[str, Backtest] # The pick and the benchmarks on bars that the model never saw
     opened: int # How often the hold-out has been opened; 0 = still sealed
     explain: str # Where N comes from
+    walker: Policy | None = None # Who walked `shown[pick]`, and was not trained on those bars
 
 # %% ../../nbs/validation/10_validate.ipynb #36c8095e
 def refit(found: Searched, pick: str, seed: int = 0) -> Policy:
@@ -179,14 +180,16 @@ def refit(found: Searched, pick: str, seed: int = 0) -> Policy:
     return found.fits[pick].fit(found.task, warm_segments(found.task), seed)
 
 # %% ../../nbs/validation/10_validate.ipynb #9aabbe72
-def last_group(found: Searched, keys: Sequence[str], seed: int = 0) -> dict[str, Backtest]:
+def last_group(found: Searched, keys: Sequence[str], # The first is the pick
+               seed: int = 0) -> tuple[dict[str, Backtest], Policy]: # Accounts by key; who walked for the first
     "Accounts through the last test block, each fitted on what lies before: what a report can show without opening the hold-out."
     task, (a, b) = found.task, tuple(int(x) for x in found.folds.test[-1])
     gap = task.lookback + int((task.label_end - np.arange(len(task.label_end))).max())
     before = [(r, min(s, a - gap)) for r, s in warm_segments(task) if r < a - gap]
     if not before: raise DataError("nothing lies before the last test block; use fewer groups or more bars.")
     ring = task_arena(task)
-    return {k: walk(found.fits[k].fit(task, before, seed), ring, task.features, [(a, b)], seed)[0] for k in keys}
+    made = {k: found.fits[k].fit(task, before, seed) for k in keys}
+    return {k: walk(p, ring, task.features, [(a, b)], seed)[0] for k, p in made.items()}, made[keys[0]]
 
 # %% ../../nbs/validation/10_validate.ipynb #8c88a922
 def hold_out(found: Searched, whole: Task, cut: int, policy: Policy, pick: str, seed: int = 0) -> dict[str, Backtest]:
@@ -248,15 +251,15 @@ def _judge_pick(found: Searched, pick: str, cv: CrossValidation, over: Overfitti
     lines = beside(found, cv, over, pick)
     sealed, _ = ask(checks, {**skip, "holdout_sign": SEALED}, lines, digests)
     if any(t.passed is False for t in sealed.tests):
-        shown = last_group(found, [pick, *BENCHMARKS], seed)
-        return _written(Judged(found, sealed, pick, cv, over, shown, 0, explain), policy)
+        shown, walker = last_group(found, [pick, *BENCHMARKS], seed)
+        return _written(Judged(found, sealed, pick, cv, over, shown, 0, explain, walker), policy)
     whole, cut = unseal(found.folder)
     time, name = whole.bars.time, found.terms["name"]
     opened = ledger.open_holdout(whole.bars.symbols, time[cut], time[-1] + whole.bars.step, digest(digests), name)
     shown = hold_out(found, whole, cut, policy, pick, seed)
     seen = check_holdout(daily(pd.Series(shown[pick].ret, pd.DatetimeIndex(shown[pick].time))), opened)
     verdict, _ = ask([*checks, seen], skip, lines, digests)
-    return _written(Judged(found, verdict, pick, cv, over, shown, opened, explain), policy)
+    return _written(Judged(found, verdict, pick, cv, over, shown, opened, explain, policy), policy)
 
 # %% ../../nbs/validation/10_validate.ipynb #5d3cf706
 def _written(j: Judged, policy: Policy | None) -> Judged:
