@@ -165,7 +165,7 @@ def test_planted_belief_in_refusals_is_caught(monkeypatch):
     assert found(("misread",), seeds=range(2)) is None
     monkeypatch.setattr(desk.Desk, "_leave", hasty)
     r = found(("misread",))
-    assert r is not None and r.broken[0].startswith(("R20", "R17", "R18"))
+    assert r is not None and r.broken[0].startswith(("R5", "R20", "R17", "R18"))
 
 
 def hasty(self, w, line, still):

@@ -253,7 +253,7 @@ class Post:
         got, then = self.inner.send(method, url, headers, body), self.clock.now_ns() // 10**6 - 20_000
         try: rows = json.loads(got.body)
         except ValueError: return got
-        if not isinstance(rows, list): return got
+        if not isinstance(rows, list) or not all(isinstance(r, dict) and "time" in r for r in rows): return got
         self.counts["late_fills"] += any(r["time"] > then for r in rows)
         return got._replace(body=json.dumps([r for r in rows if r["time"] <= then]).encode())
 

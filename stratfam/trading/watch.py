@@ -507,7 +507,7 @@ def _least(self: Watch, p: Mapping[str, Any], exits: Any) -> float: # Ticks
     levels, pos, entry = [], p["side"], p["value"] / (p["lots"] * p["market"].unit)
     if exits.stop_loss is not None: levels.append(entry * (1 - pos * exits.stop_loss))
     bar, step = self.wished[0], self.sim.loop.setup.step_ms
-    if exits.trailing is not None and p["created"] <= bar - step + 600_000 and bar == self.sim.loop.bar_ms:
+    if exits.trailing is not None and not self.misled() and p["created"] <= bar - step + 600_000 and bar == self.sim.loop.bar_ms:
         levels.append(self._close_of(p["market"].symbol, bar) * (1 - pos * exits.trailing))
     return pos * max((pos * level for level in levels), default=-np.inf)
 
