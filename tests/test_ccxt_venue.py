@@ -17,6 +17,7 @@ from stratfam.trading import exchanges
 from stratfam.trading.exchanges import CcxtVenue
 from stratfam.trading.simulate import KINDS, Weather, many, simulate
 from stratfam.trading.venues import PAPER
+from stratfam.trading.watch import Watched
 from stratfam.weex.client import OrderRequest
 from stratfam.weex.exchange import Exchange, add_user
 from stratfam.weex.gateway import FaultPlan, InProcessTransport
@@ -28,16 +29,13 @@ KEYS = {"apiKey": str(PAPER.key), "secret": "paper-secret", "password": str(PAPE
 CORES = min(2, os.cpu_count() or 1)
 
 
-class Watched(CcxtVenue):
+class WatchedCcxt(Watched, CcxtVenue):
     "A ccxt venue whose orders are looked at on their way out."
-    def place(self, order, urgent):
-        self.watch.before(order)
-        return super().place(order, urgent)
 
 
 def through_ccxt(sim):
     "The venue as a new process makes it: everything it sends passes the simulation's faults."
-    return Watched("weex", KEYS, sim.env, paced=False, base_url=sim.socket.url if sim.socket else None)
+    return WatchedCcxt("weex", KEYS, sim.env, paced=False, base_url=sim.socket.url if sim.socket else None)
 
 
 def run(seeds, **how): return many(seeds, CORES, venue=through_ccxt, **how)

@@ -192,6 +192,16 @@ def test_an_expired_timestamp_is_signed_again_once_with_the_same_client_id(skew_
     assert c.cancel("702345678901234567").kind == ACK and len(c.transport.sent) == 8  # the offset is remembered
 
 
+def test_an_expired_timestamp_of_a_right_clock_is_not_sent_again():
+    "The venue may have taken the order, and the answer belong to another request: that is for its lists to say."
+    def spoil(key, good, headers):
+        if key.endswith("/time"): return Response(200, {}, json.dumps({"serverTime": c.env.clock.now_ns() // 10**6 + 500}).encode())
+        return Response(400, {}, b'{"code":-1046,"msg":"expired"}')
+    c = client(spoil=spoil)
+    got = c.place(order())
+    assert (got.kind, type(got.error).__name__, sum(s[0] == "POST" for s in c.transport.sent)) == (REFUSED, "TimestampExpired", 1)
+
+
 def test_an_expired_timestamp_that_cannot_be_cured_is_refused():
     expired = Response(400, {}, b'{"code":-1046,"msg":"expired"}')
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from ..core import Clock, ConfigError
 from .journal import Journal, JournalError, Line, client_order_id
-from .mirror import Mirror, ODD, venue_cash, venue_lots
-from .plan import OURS, Want, kind_of, match_protection, protection, reductions
+from .mirror import Mirror, venue_cash, venue_lots
+from .plan import OURS, Want, kind_of, match_protection, parts, protection, reductions
 from .venues import Snapshot, Venue
 from ..weex.client import OrderRequest
 from ..weex.replies import Bill, Fill, Order
@@ -112,9 +112,9 @@ def _pending(self: Desk, kind: str) -> dict[str, Mapping[str, Any]]: # By key
 Desk.write, Desk.note, Desk.together, Desk.pending = _write, _note, _together, _pending
 
 # %% ../../nbs/trading/03_desk.ipynb #d079ab0c
-def _line(self: Desk, w: Want, bar_ms: int, ttl_ms: int) -> Line | None: # None = that entry was made already
+def _line(self: Desk, w: Want, bar_ms: int, ttl_ms: int, beside: Iterable[str] = ()) -> Line | None: # None = that entry was made already
     "A wanted order under its own id."
-    waiting = self.pending("intent")
+    waiting = {*self.pending("intent"), *beside}
     taken = lambda k: k in waiting or k in self.journal.book.seen["intent"]
     for again in range(1000):
         key = client_order_id(self.run, bar_ms, w.symbol, f"{w.purpose} {again}" if again else w.purpose)
@@ -136,8 +136,9 @@ def _submit(self: Desk, wants: Iterable[Want], bar_ms: int, # Close of the bar t
             still: Callable[[Want], bool] = lambda w: True, # Asked before each entry leaves: is there still room?
            ) -> list[Line]: # As sent
     "Journal, then send."
-    wants = [self._capped(w) for w in wants]
-    pairs = [(w, line) for w in wants if w.lots and (line := self.line(w, bar_ms, ttl_ms)) is not None]
+    grids, pairs = self.mirror.grids, []
+    for w in [p for x in wants if x.lots for p in (parts(x, grids[x.symbol]) if x.reduces else parts(x, grids[x.symbol])[:1])]:
+        if (line := self.line(w, bar_ms, ttl_ms, {l.id for _, l in pairs})) is not None: pairs.append((w, line))
     self.point("before-intents")
     if not self.write([*facts, *(("intent", l.id, l.body) for _, l in pairs)]):
         self.unwritten.extend(facts)
@@ -149,20 +150,14 @@ def _submit(self: Desk, wants: Iterable[Want], bar_ms: int, # Close of the bar t
         for w, l in pairs: self._leave(w, l, still)
     return [l for _, l in pairs]
 
-# %% ../../nbs/trading/03_desk.ipynb #4c3ca1b0
-def _capped(self: Desk, w: Want) -> Want:
-    "No more than the venue takes in one order; what remains is for the next time."
-    most = self.mirror.grids[w.symbol].lots(self.mirror.grids[w.symbol].max_qty)
-    return w if abs(w.lots) <= most else Want(w.symbol, w.purpose, most if w.lots > 0 else -most, w.trigger)
 
-
-Desk.submit, Desk._capped = _submit, _capped
+Desk.submit = _submit
 
 # %% ../../nbs/trading/03_desk.ipynb #0cf1b289
 def _leave(self: Desk, w: Want, line: Line, still: Callable[[Want], bool]) -> None:
     "Send one order, if it may still be sent, and note what came of it."
-    if self.venue.now_ms() > line.body["expires_ms"]: return self._over(line, "never_sent", "too late")
     if not w.reduces and not still(w): return self._over(line, "never_sent", "no room any more")
+    if self.venue.now_ms() > line.body["expires_ms"]: return self._over(line, "never_sent", "too late") # Last: asking for room takes time
     self.unsent.discard(line.id)
     self.point(f"before-send {w.purpose}")
     self.rest = None
@@ -187,9 +182,9 @@ def _call(self: Desk, w: Want, line: Line) -> Outcome:
     return self.venue.protect(OrderRequest(w.symbol, w.side, quantity, line.id, w.position_side, kind, trigger=w.trigger))
 
 # %% ../../nbs/trading/03_desk.ipynb #e8cb8e5d
-def _over(self: Desk, line: Line, end: str, why: str = "") -> None:
+def _over(self: Desk, line: Line, end: str, why: str = "", filled: int | None = None) -> None: # Lots; None = those of the fills
     "An intent has its one end."
-    self.note([("end", line.id, {"end": end, "filled": line.done, "why": why})])
+    self.note([("end", line.id, {"end": end, "filled": line.done if filled is None else filled, "why": why})])
     self.absent.pop(line.id, None)
     self.unsent.discard(line.id)
     self.emit("order", id=line.id, outcome=line.outcome, order_id=line.order_id, end=end, error=why, **line.body)
@@ -226,7 +221,7 @@ def _explain(self: Desk, snap: Snapshot, fills: Sequence[Fill], bills: Sequence[
     self._resolve(snap, listing)
     same = self._compare(snap) and self._agreed(snap)
     odd = self.mirror.settle(snap) if same else 0.0
-    if abs(odd) > ODD * max(1.0, float(abs(snap.wallet))):
+    if odd:
         self.note([("note", "adjust", {"amount": odd})])
         self.emit("error", where="balance", text=f"the venue's cash differs from ours by {odd:.8f}; the venue's is taken")
     if same: self.since_ms = max([self.since_ms, *(f.time_ms - OVERLAP_MS for f in fills)])
@@ -308,19 +303,20 @@ def _book_fills(self: Desk, fills: Sequence[Fill], names: Mapping[str, str]) -> 
         body = {"client_id": client_id, "order_id": f.order_id, "symbol": f.symbol, "side": f.side, "price": float(f.price), "fee": float(f.fee),
                 "lots": self.mirror.grids[f.symbol].lots(f.quantity), "time_ms": f.time_ms, "purpose": purpose}
         if not body["lots"]: continue
-        self.note([("fill", f.fill_id, body)])
+        line = self.open.get(client_id)
+        over = line is not None and line.done + body["lots"] > int(line.body["lots"])
+        why = "EXTERNAL" if purpose == "EXTERNAL" else "OVERFILL" if over else ""
+        self.note([("fill", f.fill_id, body), *_closed(f.symbol, why)])
         self.point("between-fill-and-book")
         self.book(body)
-        if purpose == "EXTERNAL": self.block(f.symbol, "EXTERNAL")
+        if why: self.block(f.symbol, why)
         self.moved[f.symbol] = max(f.time_ms, self.moved.get(f.symbol, 0))
-        line = self.open.get(client_id)
-        if line and line.done > int(line.body["lots"]): self.block(f.symbol, "OVERFILL")
         self.emit("fill", id=f.fill_id, **body)
 
 # %% ../../nbs/trading/03_desk.ipynb #950160c8
 def _may_be_ours(self: Desk, symbol: str) -> bool:
-    "Is the fate of one of our orders in this symbol unknown? Then a fill without a name waits until it is known (seed 5117)."
-    return any(l.body["symbol"] == symbol and l.outcome == UNKNOWN for l in self.sent)
+    "Is one of our orders in this symbol unknown, or a refusal not looked up yet? Then a fill without a name waits (seed 5117)."
+    return any(l.body["symbol"] == symbol and l.outcome != ACK for l in self.sent)
 
 
 def _purpose(self: Desk, client_id: str, f: Fill) -> str:
@@ -351,9 +347,14 @@ def moves_money(kind: str) -> bool:
     return kind.startswith(("deposit", "withdraw", "transfer"))
 
 # %% ../../nbs/trading/03_desk.ipynb #5c6b9a0d
+def _closed(symbol: str, why: str) -> list[tuple[str, str, Mapping[str, Any]]]:
+    "The fact that a symbol may not be entered, if there is a reason."
+    return [("note", "block", {"symbol": symbol, "why": why})] if why else []
+
+
 def block(self: Desk, symbol: str, why: str) -> None:
-    "No entries in this symbol until an operator resumes."
-    if symbol not in self.blocked:
+    "No entries in this symbol until an operator resumes; a leverage that is not set yet is the least of reasons, for it passes by itself."
+    if symbol not in self.blocked or self.blocked[symbol] == "LEVERAGE" != why:
         self.blocked[symbol] = why
         self.emit("error", where=symbol, text=f"{why}: no entries until an operator resumes")
 
@@ -428,7 +429,8 @@ def _finish(self: Desk, line: Line, found: Sequence[Order]) -> None:
     if line.done + sum(self.journal.book.nameless.get(o.order_id, 0) for o in normal) < executed:
         self.since_ms = max(0, min(self.since_ms, line.time_ms) - LOOK_BACK_MS)
         return
-    self._over(line, "filled" if executed >= int(line.body["lots"]) else "refused" if normal[0].status == "REJECTED" else "canceled")
+    end = "filled" if executed >= int(line.body["lots"]) else "refused" if normal[0].status == "REJECTED" else "canceled"
+    self._over(line, end, filled=max(executed, line.done))
 
 # %% ../../nbs/trading/03_desk.ipynb #78463f4d
 def _age(self: Desk, line: Line) -> float: # Seconds
@@ -450,7 +452,9 @@ Desk._resolve, Desk._finish, Desk.age, Desk._unseen = _resolve, _finish, _age, _
 def _compare(self: Desk, snap: Snapshot) -> bool: # No difference
     "Compare positions; adopt the venue's when nothing else explains them."
     lots, mixed = venue_lots(snap, self.mirror.grids, self.mirror.symbols)
-    for s in sorted(mixed): self.block(s, "MIXED")
+    for s in sorted(mixed - self.blocked.keys()):
+        self.note(_closed(s, "MIXED"))
+        self.block(s, "MIXED")
     same = True
     for n, s in enumerate(self.mirror.symbols):
         gap = int(lots[n] - self.mirror.lots[n])
@@ -501,7 +505,7 @@ def _adopt(self: Desk, s: str, gap: int, snap: Snapshot) -> None:
     price = (entry if grows else 0.0) or float(self.mirror.pos[n]["last"]) or entry or float(self.mirror.pos[n]["entry"])
     body = {"client_id": "", "order_id": "", "symbol": s, "side": "BUY" if gap > 0 else "SELL", "lots": abs(gap), "price": price, "fee": 0.0,
             "time_ms": snap.time_ms, "purpose": "EXTERNAL"}
-    self.note([("fill", f"adopted {s} {snap.time_ms}", body)])
+    self.note([("fill", f"adopted {s} {snap.time_ms}", body), *_closed(s, "EXTERNAL")])
     self.book(body)
     self.drift.pop(s, None)
     self.block(s, "EXTERNAL")
@@ -549,7 +553,7 @@ def _protect(self: Desk, bar_ms: int) -> None:
     sent = self.submit([w for w in place if w not in lost and self.refused.get((w.symbol, w.purpose), 0) < TRIES], bar_ms)
     beyond = {l.body["symbol"] for l in sent if l.body["purpose"] == "STOP" and l.outcome == REFUSED and self._hopeless(l)}
     self.leave({w.symbol for w in lost} | beyond, bar_ms)
-    failed = {l.body["symbol"] for l in sent if l.outcome != ACK}
+    failed = {l.body["symbol"] for l in sent if l.outcome != ACK} | {w.symbol for w in lost}
     for o in cancel:
         if o.order_id and o.symbol not in failed and o.symbol not in self.drift:
             self.point("before-cancel")
@@ -614,7 +618,8 @@ def _recover(self: Desk) -> None:
     for e in book.since_state:
         if e.kind == "fill" and e.body["symbol"] in self.mirror.symbols: self.book(e.body)
         elif e.kind == "funding": self.mirror.credit(e.body["amount"], moves_money(e.body["kind"]))
-    self.blocked = dict(book.state.get("blocked", {}))
+    later = {e.body["symbol"]: e.body["why"] for e in book.since_state if e.kind == "note"}
+    self.blocked = {**book.state.get("blocked", {}), **later}
     self.started_ms = book.began_ms or self.venue.now_ms()
     newest = max((e.body["time_ms"] for e in book.since_state if e.kind == "fill"), default=int(book.state.get("since_ms", self.started_ms)))
     self.since_ms = max(0, min([newest, *(l.time_ms for l in book.open.values())]) - OVERLAP_MS)

@@ -87,7 +87,7 @@ class Book:
         self.open: dict[str, Line] = {} # Intents without an end
         self.orders: dict[str, str] = {} # Venue order id -> client id, of every order we know to be ours
         self.nameless: dict[str, int] = {} # Venue order id -> lots of fills that were booked before we knew whose they were
-        self.since_state: list[Entry] = [] # Fills and bills after the last state
+        self.since_state: list[Entry] = [] # Fills, bills and blocked symbols after the last state
         self.state: Mapping[str, Any] = {} # The last one
         self.recent: list[Entry] = [] # Last decisions and notes, for `status`
         self.counts = dict.fromkeys(KINDS, 0)
@@ -99,8 +99,8 @@ def _fold(self: Book, e: Entry) -> None:
     self.counts[e.kind] += 1
     if e.kind in ONCE: self.seen[e.kind].add(e.key)
     if e.kind == "state": self.state, self.since_state = e.body, []
-    elif e.kind in ("fill", "funding"): self.since_state.append(e)
-    elif e.kind in ("decision", "note", "start"): self.recent = [*self.recent[-49:], e]
+    elif e.kind in ("fill", "funding") or (e.kind, e.key) == ("note", "block"): self.since_state.append(e)
+    if e.kind in ("decision", "note", "start"): self.recent = [*self.recent[-49:], e]
     if e.kind == "intent": self.open[e.key] = Line(e.key, e.body, e.time_ms)
     elif e.kind == "end": self.open.pop(e.key, None)
     elif e.kind == "outcome" and e.key in self.open:

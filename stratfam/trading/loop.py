@@ -257,10 +257,13 @@ def _resume(self: Loop, reason: str) -> None:
     "Clear a halt and the symbols that were blocked."
     equity = self.mirror.value(self.closes) if self.mirror.lots.any() else float(self.mirror.account["cash"])
     if not equity > 0: return self.tell("error", where="resume", text=f"equity is {equity:g}: nothing was resumed")
-    was = self.mirror.why()
+    was, before, blocked = self.mirror.why(), self.mirror.dump(), dict(self.desk.blocked)
     self.mirror.reset(equity)
-    self.desk.blocked.clear(); self.desk.refused.clear()
-    if not self.desk.write([("note", "resume", {"reason": reason, "was": was}), self.moment()]): return self.mirror.kill()
+    self.desk.blocked.clear()
+    if not self.desk.write([("note", "resume", {"reason": reason, "was": was}), self.moment()]):
+        self.mirror.restore(before) # Nothing was resumed that is not on the disk: peak, day and halt are what they were
+        return self.desk.blocked.update(blocked)
+    self.desk.refused.clear()
     if self.controls is not None: self.controls.clear()
     self.tell("state", state=self.mirror.why(), text=reason)
 

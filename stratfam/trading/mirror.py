@@ -51,6 +51,7 @@ class Mirror:
         self.state, self.work, self.log = new_state(1, len(self.symbols), capital), work_space(len(self.symbols)), new_log(0)
         self.step_ms = int(as_step(step) // np.timedelta64(1, "ms"))
         self.marked_ms = 0 # Close of the last bar that was marked
+        self.odd = 0.0 # Money that nobody explained, in sum, since the last reset
 
     lots = property(lambda self: self.state.slots["lots"][0]) # (N,) signed lots held
     gate = property(lambda self: self.state.gate[0]) # The gate's memory
@@ -146,12 +147,19 @@ def _credit(self: Mirror, amount: float, transfer: bool) -> None: # Signed
 
 # %% ../../nbs/trading/01_mirror.ipynb #376a82ac
 def _settle(self: Mirror, snap: Snapshot) -> float: # Money that nobody explains
-    "Take the venue's cash; returns how far it was from ours."
+    "Take the venue's cash; returns how far it was from ours, 0 within rounding."
     found = venue_cash(snap)
     odd = found - float(self.account["cash"])
-    if odd > ODD * max(1.0, abs(found)): self.shift(odd)
+    odd = odd if abs(odd) > ODD * max(1.0, float(abs(snap.wallet))) else 0.0
+    if odd: self.unexplained(odd)
     self.account["cash"] = found
     return odd
+
+
+def _unexplained(self: Mirror, amount: float) -> None: # Signed
+    "Move the peak by what is, in sum, unexplained gain."
+    before, self.odd = max(0.0, self.odd), self.odd + amount
+    self.shift(max(0.0, self.odd) - before)
 
 # %% ../../nbs/trading/01_mirror.ipynb #02e5fb80
 def _shift(self: Mirror, amount: float) -> None:
@@ -159,8 +167,8 @@ def _shift(self: Mirror, amount: float) -> None:
     self.gate["peak"], self.gate["day_base"] = (max(self.gate[k] + amount, 1e-9) for k in ("peak", "day_base"))
 
 
-Mirror.credit, Mirror.settle, Mirror.shift = _credit, _settle, _shift
-ODD = 1e-4 # Of the cash: beyond rounding
+Mirror.credit, Mirror.settle, Mirror.unexplained, Mirror.shift = _credit, _settle, _unexplained, _shift
+ODD = 1e-4 # Of the wallet: beyond rounding
 
 # %% ../../nbs/trading/01_mirror.ipynb #53e1bd9f
 def venue_lots(snap: Snapshot, grids: Mapping[str, Grid], symbols: Sequence[str]) -> tuple[np.ndarray, set[str]]: # (N,) signed; mixed symbols
@@ -176,8 +184,8 @@ def venue_lots(snap: Snapshot, grids: Mapping[str, Grid], symbols: Sequence[str]
 def _dump(self: Mirror) -> dict[str, Any]:
     "The mirror as plain JSON."
     acct, gates, slots, pos = self.state
-    return {"symbols": list(self.symbols), "marked_ms": self.marked_ms, "account": record_json(acct[0]), "gate": record_json(gates[0]),
-            "slots": [record_json(r) for r in slots[0]], "pos": [record_json(r) for r in pos[0]]}
+    return {"symbols": list(self.symbols), "marked_ms": self.marked_ms, "odd": self.odd, "account": record_json(acct[0]),
+            "gate": record_json(gates[0]), "slots": [record_json(r) for r in slots[0]], "pos": [record_json(r) for r in pos[0]]}
 
 # %% ../../nbs/trading/01_mirror.ipynb #c4866a8a
 def _restore(self: Mirror, found: Mapping[str, Any]) -> None:
@@ -189,7 +197,7 @@ def _restore(self: Mirror, found: Mapping[str, Any]) -> None:
         n = self.index(s)
         fill_records(self.state.slots[0, n:n + 1], [found["slots"][i]])
         fill_records(self.state.pos[0, n:n + 1], [found["pos"][i]])
-    self.marked_ms = int(found["marked_ms"])
+    self.marked_ms, self.odd = int(found["marked_ms"]), float(found.get("odd", 0.0))
 
 
 Mirror.dump, Mirror.restore = _dump, _restore
@@ -202,7 +210,7 @@ def _kill(self: Mirror) -> None:
 # %% ../../nbs/trading/01_mirror.ipynb #103221ef
 def _reset(self: Mirror, equity: float) -> None:
     "Clear a halt: ACTIVE, with the peak and the day's base at today's equity."
-    day = int(self.gate["day"])
+    day, self.odd = int(self.gate["day"]), 0.0
     self.state.gate[:] = gate_state(1, equity)
     self.gate["day"] = day
 

@@ -136,8 +136,7 @@ def _take_cash(self: Replayer, e: Entry) -> None:
     "Compare cash, then take the journal's; money that the loop could not explain either is in its notes."
     found, account = float(e.body["mirror"]["account"]["cash"]), self.mirror.account
     noted = [float(n.body["amount"]) for n in self.notes if n.key == "adjust"]
-    for amount in noted:
-        if amount > ODD * max(1.0, abs(found)): self.mirror.shift(amount)
+    for amount in noted: self.mirror.unexplained(amount)
     mine = float(account["cash"]) + sum(noted)
     if not abs(found - mine) <= ODD * max(1.0, abs(found), float(account["equity"])): self.differ(e, "state account cash", found, mine)
     account["cash"] = found
