@@ -147,6 +147,7 @@ def terminal(args, **env):
     return seen.decode(errors="replace")
 
 
+@pytest.mark.proof
 def test_a_terminal_gets_a_table_and_everybody_else_lines(place):
     table, plain = terminal(go(place, "tty", "--lines")), terminal(go(place, "plain", "--lines"), NO_COLOR="1")
     assert "\x1b[" in table and "held (lots)" in table and "ENTRY BUY" in table

@@ -553,9 +553,9 @@ def _protect(self: Desk, bar_ms: int) -> None:
     sent = self.submit([w for w in place if w not in lost and self.refused.get((w.symbol, w.purpose), 0) < TRIES], bar_ms)
     beyond = {l.body["symbol"] for l in sent if l.body["purpose"] == "STOP" and l.outcome == REFUSED and self._hopeless(l)}
     self.leave({w.symbol for w in lost} | beyond, bar_ms)
-    failed = {l.body["symbol"] for l in sent if l.outcome != ACK} | {w.symbol for w in lost}
+    failed = {(l.body["symbol"], l.body["purpose"]) for l in sent if l.outcome != ACK} | {(w.symbol, w.purpose) for w in lost}
     for o in cancel:
-        if o.order_id and o.symbol not in failed and o.symbol not in self.drift:
+        if o.order_id and (o.symbol, kind_of(o)) not in failed and o.symbol not in self.drift:
             self.point("before-cancel")
             self.rest = None
             self.venue.cancel(o)

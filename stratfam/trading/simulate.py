@@ -433,7 +433,7 @@ def _meddle(self: Simulation) -> None:
     self.touched = True
     if not held: return
     p = held[int(self.rng.integers(len(held)))]
-    free = (p["lots"] - p["locked"]) // 2
+    free = min((p["lots"] - p["locked"]) // 2, p["market"].max_lots)
     if free and p["market"].live: exchange_place(self.exchange, self.account, p["market"], -p["side"], p["side"], free, client="person")
 
 
@@ -458,7 +458,8 @@ def _inherit(self: Simulation) -> None:
     "A position that was there before the first start."
     self.touched, m = True, self.exchange.markets["contract"][self.bars.symbols[0]]
     side = 1 if self.rng.random() < 0.5 else -1
-    exchange_place(self.exchange, self.account, m, side, side, max(1, int(2_000 * 10**MONEY_DIGITS / (m.last * m.unit))), client="person")
+    lots = max(1, int(2_000 * 10**MONEY_DIGITS / (m.last * m.unit)))
+    exchange_place(self.exchange, self.account, m, side, side, min(lots, m.max_lots), client="person")
     self.counts["inherited"] += 1
 
 
