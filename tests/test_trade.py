@@ -122,7 +122,7 @@ def test_journals_written_in_bad_weather_replay_without_a_difference(seeds, monk
         sim.live_until(sim.true.now_ns() + sim.w.bars * hour)
         sim.heal()
         sim.live_until(sim.true.now_ns() + 3 * hour)
-        out = replay(entries_of(sim.disk.rows), room.Moody(seed, False, sim.limits.position.max_leverage * 1.2))
+        out = replay(entries_of(sim.disk.rows), room.Moody(seed, False, sim.asked.position.max_leverage * 1.2))
         assert out.first is None, f"seed {seed}: {out.first}"
         assert out.skipped == 0
         taken, schedules = taken + out.decisions, schedules + 1
