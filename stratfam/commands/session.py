@@ -128,6 +128,7 @@ def session_run(folder: Path, # Holds journal.db
     from stratfam.policies.base import versions
     from stratfam.trading.history import history_of
     from stratfam.trading.journal import read_journal
+    from stratfam.trading.replay import set_up_of
     s, entries = history_of(folder), read_journal(folder / "journal.db")[1]
     seen = seen_by(entries)
     runs, fields, note = _beside(entries, s, seen, policy)
@@ -140,6 +141,7 @@ def session_run(folder: Path, # Holds journal.db
         wide = basis_between(load_bars(data, [n for n in seen.bars.symbols], step_name(seen.bars.step)), seen.bars)
         fields["basis"] = wide[wide.index >= s.account.time[0]]
     upkeep = None if seen is None else float(seen.setup.costs.maintenance)
-    world = WorldReport(f"Session {s.about['run']} on {s.about['venue']}", data is not None and is_synthetic(data), facts, s.account.step,
+    stamped = set_up_of(entries).get("synthetic", False) or data is not None and is_synthetic(data)
+    world = WorldReport(f"Session {s.about['run']} on {s.about['venue']}", stamped, facts, s.account.step,
                         s.about["run"], runs, (), merits(runs), maintenance=upkeep, **fields)
     return RunData("session", Env().iso(), line, (world,), digests={"model": s.about["model"], "config": s.about["config"]}, versions=versions())

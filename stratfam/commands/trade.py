@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import Config, Json, Set, Step, Symbols, app, folder_of, names_of, settings, show
+from .base import Config, Json, Set, Step, Symbols, app, folder_of, is_synthetic, names_of, settings, show
 
 # %% ../../nbs/commands/05_trade.ipynb #7e5060aa
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of the run: journal, halt switch, events.")]
@@ -154,6 +154,11 @@ def _check_features(names: tuple[str, ...]) -> None:
     for f in names: known("feature", f, tuple(FEATURES))
 
 
+def _origin(policy: Path, data: Path | None, stored: bool) -> dict[str, Any]:
+    "Where a session's policy and stored bars come from: its journal keeps that."
+    return {"policy": str(policy.resolve())} | ({"synthetic": is_synthetic(folder_of(data))} if stored else {})
+
+
 def _verdict(path: Path | None) -> Any: # None where none was given
     "The verdict that was named."
     from stratfam.validation.verdict import verdict_from_json
@@ -205,14 +210,14 @@ def trade(policy: Annotated[Path, typer.Argument(help="Folder of a saved policy.
     contact = _contact(s, run, made, names, f"{type(model).__name__} {digests['model'][:12]}", controls.halt, read_journal(run / "journal.db")[1])
     observe, screen = _shown(names, f"{run.name} on {made.name}", ticket.text, as_json)
     watchers = [_log_to(run), observe, *([contact.observe] if contact else [])]
-    loop = Session(setup, model, made, journal, made.env, ticket, controls, watchers, about={"policy": str(policy.resolve())},
+    loop = Session(setup, model, made, journal, made.env, ticket, controls, watchers, about=_origin(policy, data, end is not None),
                    take=contact.asks.take if contact else list)
     if end is None: install_signals(loop)
     stop = end if bars is None else made.now_ms() + bars * setup.step_ms
     try:
         with screen, _fed(made, names, setup.interval, stream and end is None): loop.run(stop)
     finally: (journal.close(), contact and contact.close())
-    show(_summary(run), as_json)
+    show(found := _summary(run), as_json, _told(found))
 
 # %% ../../nbs/commands/05_trade.ipynb #91663272
 def _summary(run: Path) -> dict[str, Any]:
@@ -228,6 +233,13 @@ def _summary(run: Path) -> dict[str, Any]:
             "decisions": book.counts["decision"], "fills": book.counts["fill"], "reasons": last[0]["reasons"] if last else [],
             "permit": next((e.body["permit"] for e in entries[::-1] if e.kind == "start"), "")}
 
+
+def _told(found: dict[str, Any]) -> str:
+    "The same for a person: money to the cent, nothing that is empty."
+    said = {"equity": lambda v: f"{v:,.2f}", "drawdown": lambda v: f"{v:.2%}", "reasons": lambda v: "; ".join(", ".join(r) or "-" for r in v)}
+    rows = {k: said[k](v) if k in said else v for k, v in found.items() if v not in (None, {}, [])}
+    return "\n".join(f"{k.replace('_', ' '):<12} {v}" for k, v in rows.items())
+
 # %% ../../nbs/commands/05_trade.ipynb #21d3bad9
 @app.command()
 def status(run: RunFolder = Path("runs/paper"), as_json: Json = False,
@@ -238,7 +250,7 @@ def status(run: RunFolder = Path("runs/paper"), as_json: Json = False,
     """
     found = _summary(run)
     if watch and _fancy(as_json): return _watch(run)
-    show(found, as_json, "\n".join(f"{k:<12} {v}" for k, v in found.items()))
+    show(found, as_json, _told(found))
 
 # %% ../../nbs/commands/05_trade.ipynb #d9ed7f71
 def _watch(run: Path, every_s: float = 2.0) -> None:
