@@ -44,7 +44,7 @@ def test_a_bill_is_booked_once_while_it_cannot_be_written(tmp_path):
     s = lived(tmp_path, 3, hours=3)
     before = float(s.loop.mirror.gate["peak"])
     s.disk.full = True
-    sim.pay(s.exchange, s.account, 50 * 10**sim.MONEY_DIGITS, "deposit", "outside")
+    s._transfer(50, "deposit")
     for _ in range(4):
         s.loop.poll()
         s.true.sleep(20.0)
