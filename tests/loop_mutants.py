@@ -89,7 +89,7 @@ BUGS = [
         'quantity = Decimal(line.body["quantity"]) / (2 if w.purpose == "STOP" and w.lots % 2 == 0 else 1)', ("refused",)),
     bug("old_stop_goes_first", "desk", "Desk.protect", "sent = self.submit(",
         "[self.venue.cancel(o) for o in cancel]; cancel = []; sent = self.submit(", ("gap",)),
-    bug("old_stop_goes_though_the_new_one_failed", "desk", "Desk.protect", "if o.order_id and o.symbol not in failed and", "if o.order_id and",
+    bug("old_stop_goes_though_the_new_one_failed", "desk", "Desk.protect", "if o.order_id and (o.symbol, kind_of(o)) not in failed and", "if o.order_id and",
         ("refused",), rate=0.1, bars=30, limits={"trailing": 0.02}),
     bug("stop_between_two_ticks", "plan", "on_tick", 'return on_grid(Decimal(f"{level:.12g}"), grid.tick, up=side > 0)',
         'return Decimal(f"{level:.12g}")', ("gap",)),

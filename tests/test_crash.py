@@ -77,6 +77,7 @@ def child(world, path, hours):
         except sim.StratfamError: clock.sleep(5.0)
         else: break
     loop = world.sim.loop
+    loop.policy = loop.policy.inner
     loop.run(loop.venue.now_ms() + int(hours * 3_600_000))
 
 
